@@ -1,0 +1,234 @@
+"""Typed folders: every stage writes one, every stage reads some.
+
+An artifact is a folder with `manifest.json`: its kind, the configuration that made it, the digests of its inputs and
+of its own files, and a few facts. No times, hosts or paths, so equal work gives equal bytes. A folder is written
+beside its final place and renamed: a reader sees a whole artifact or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from diffstill.config import Section
+from diffstill.errors import DiffstillError
+
+Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report"]
+Array = npt.NDArray[Any]
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """What an artifact says of itself. `files` maps relative paths to SHA-256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    schema_version: Literal[1] = SCHEMA
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    facts: dict[str, Any]
+    files: dict[str, str]
+
+    def text(self) -> str:
+        """The bytes of `manifest.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A whole, verified artifact."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and through it of every file."""
+        return hashlib.sha256(self.manifest.text().encode()).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Counts, class names and the like, by kind."""
+        return self.manifest.facts
+
+
+@dataclass
+class Draft:
+    """An artifact being written: put files into `folder`, facts into `facts`."""
+
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, kind: Kind) -> Artifact:
+    """The artifact at `folder` without verifying its files. Raises `DiffstillError` on another kind, schema or no manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "has no manifest.json, so it is no artifact" if folder.is_dir() else "does not exist"
+        raise DiffstillError(f"{folder}: {what}; expected the `{kind}` artifact; run the stage that makes it first")
+    try:
+        raw = json.loads(path.read_text())
+        found = raw.get("kind") if isinstance(raw, dict) else None
+        if found != kind:
+            raise DiffstillError(f"{folder}: holds a `{found}` artifact where `{kind}` is expected; pass the `{kind}` folder")
+        return Artifact(folder, Manifest.model_validate(raw))
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA}; make the artifact anew ({type(error).__name__})") from error
+
+
+def open_artifact(folder: Path, kind: Kind) -> Artifact:
+    """Open and verify: right kind, every file present and of its digest, none added. Raises `DiffstillError` naming the file."""
+    artifact = read_manifest(folder, kind)
+    listed = artifact.manifest.files
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    for name in sorted(listed.keys() | present):
+        path = folder / name
+        if name not in present:
+            raise DiffstillError(f"{path}: listed in the manifest but missing; make the `{kind}` artifact anew")
+        if name not in listed:
+            raise DiffstillError(f"{path}: not listed in the manifest; remove it, or make the `{kind}` artifact anew")
+        if file_digest(path) != listed[name]:
+            raise DiffstillError(f"{path}: content differs from the digest in its manifest; make the `{kind}` artifact anew")
+    return artifact
+
+
+@contextmanager
+def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str, Artifact]) -> Iterator[Draft]:
+    """Write an artifact in a `with` block; it appears at `folder` whole when the block ends well, and not at all otherwise.
+
+    An earlier artifact at `folder` stays until then and is replaced. Raises `DiffstillError` if `folder` holds anything else.
+    """
+    refuse_foreign(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Draft(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
+    try:
+        draft.folder.chmod(0o755)
+        yield draft
+        files = {path.relative_to(draft.folder).as_posix(): file_digest(path) for path in draft.folder.rglob("*") if path.is_file()}
+        digests = {name: artifact.digest for name, artifact in inputs.items()}
+        manifest = Manifest(kind=kind, config=json.loads(config.canonical()), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
+        (draft.folder / MANIFEST).write_text(manifest.text())
+        _replace(draft.folder, folder)
+    finally:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `DiffstillError` if `folder` holds something that is no artifact, so that a mistyped path destroys nothing."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DiffstillError(f"{folder}: exists and is not an artifact; refusing to replace it, choose another output folder")
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Move `new` to `folder`, whatever artifact was there before."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "old")
+    new.rename(folder)
+    shutil.rmtree(old)
+
+
+def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_size: int) -> None:
+    """Cut equally long `arrays` along their first axis into `<prefix>-00000.safetensors`, ... of `shard_size` rows."""
+    rows = len(next(iter(arrays.values())))
+    for number, start in enumerate(range(0, rows, shard_size)):
+        part = {name: np.ascontiguousarray(array[start : start + shard_size]) for name, array in arrays.items()}
+        save_file(part, folder / f"{prefix}-{number:05d}.safetensors")
+
+
+def read_shards(folder: Path, prefix: str) -> dict[str, Array]:
+    """The arrays that `write_shards` cut, joined again. Raises `DiffstillError` if there are none."""
+    paths = sorted(folder.glob(f"{prefix}-[0-9]*.safetensors"))
+    if not paths:
+        raise DiffstillError(f"{folder}: has no shard {prefix}-*.safetensors; make the artifact anew")
+    parts = [load_file(path) for path in paths]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def load_split(images: Artifact, split: str) -> tuple[Array, npt.NDArray[np.int64]]:
+    """One split of an `images` artifact: pixels (N, channels, side, side) uint8, labels (N,) int64."""
+    arrays = read_shards(images.folder, split)
+    return arrays["pixels"], arrays["labels"]
+
+
+def to_unit(pixels: Array) -> npt.NDArray[np.float32]:
+    """uint8 0..255 to float32 -1..1, as the autoencoder takes them. Inverse of `to_pixels`."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def to_pixels(unit: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """float -1..1 (clipped) to uint8 0..255. Inverse of `to_unit`."""
+    return np.rint((unit.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+class WorkFolder:
+    """Where a long stage keeps what a killed run goes on from: outside its outputs, keyed by configuration and inputs.
+
+    Lies under `$DIFFSTILL_WORK`, by default `.diffstill/work` in the current folder.
+    """
+
+    def __init__(self, stage: str, config: Section, inputs: Mapping[str, Artifact], *more: str) -> None:
+        key = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
+        root = Path(os.environ.get("DIFFSTILL_WORK", ".diffstill/work"))
+        self.folder = root / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def save(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Atomically keep named arrays as `<name>.safetensors`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(dict(arrays), partial)
+        partial.replace(path)
+
+    def load(self, name: str) -> dict[str, Array] | None:
+        """What `save` kept under `name`, or None. Raises `DiffstillError` if the file is damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path) if path.is_file() else None
+        except SafetensorError as error:
+            raise DiffstillError(f"{path}: damaged checkpoint ({error}); remove it to start this stage anew") from error
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add one line to `<name>.jsonl`, flushed to disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(line, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of `<name>.jsonl`; a last line cut off by a kill is dropped."""
+        path = self.folder / f"{name}.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text)
+        return [json.loads(line) for line in text.splitlines()]
+
+    def clear(self) -> None:
+        """Forget everything: the artifact is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,317 @@
+"""Every knob of the science: one frozen pydantic section per stage, mirroring `params.yaml`. No hosts, no credentials.
+
+The defaults are the `digits` preset; the other presets are the differences in `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
+
+from diffstill.errors import DiffstillError
+from diffstill.protocols import PROTOCOLS, protocol
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of knobs that refuses unknown names and loose types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def canonical(self) -> str:
+        """The section as JSON with sorted keys: equal knobs give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+class PrepareConfig(Section):
+    """Where the real images come from, and how they are cut and split."""
+
+    source: Literal["digits", "fashion-mnist", "folder"] = Field(
+        "digits", description="dataset: digits (inside scikit-learn), fashion-mnist, or folder (train/<class>/*, optionally test/ and val/)"
+    )
+    location: str | None = Field(None, description="folder or URL of the data; null = where the dataset usually is")
+    classes: tuple[str, ...] | None = Field(None, description="keep these classes only, in this order; null = all")
+    side: Annotated[int, Field(ge=8, le=1024)] = Field(8, description="pixels per side after centre crop and resize")
+    channels: Literal[1, 3] | None = Field(1, description="1 = grey, 3 = colour, null = grey only if every image is grey")
+    flip: bool = Field(False, description="may an image be mirrored left to right and keep its label? never for digits")
+    test_fraction: Fraction = Field(0.2, description="share of each class cut off as test, where the data bring no test split")
+    val_fraction: Fraction = Field(0.1, description="share of each class of the training split cut off as val; all choices use val")
+    seed: Seed = Field(0, description="seed of the splits")
+    max_bad_fraction: Fraction = Field(0.0, description="share of unreadable files that is tolerated (they are listed); above it the stage fails")
+    max_pixels: Count = Field(50_000_000, description="refuse to decode images with more pixels than this")
+    shard_size: Count = Field(4096, description="images per shard file")
+
+
+class VaeConfig(Section):
+    """The small autoencoder, trained from scratch."""
+
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((32, 64), description="widths per resolution; each after the first halves the side")
+    layers: Count = Field(1, description="residual blocks per resolution")
+    latent_channels: Count = Field(4, description="channels of the latent")
+    steps: Count = Field(600, description="optimiser steps")
+    batch_size: Count = Field(64, description="images per step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW learning rate, cosine to zero")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(1e-4, description="weight of the KL term beside the mean squared error")
+
+
+class DitConfig(Section):
+    """The small class-conditional diffusion transformer, trained from scratch."""
+
+    layers: Count = Field(4, description="transformer blocks")
+    heads: Count = Field(4, description="attention heads")
+    head_dim: Count = Field(32, description="width per head")
+    patch: Count = Field(1, description="latent pixels per token side")
+    steps: Count = Field(1500, description="optimiser steps")
+    batch_size: Count = Field(64, description="latents per step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, cosine to zero")
+    label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label (classifier-free guidance)")
+    ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
+
+
+class PretrainConfig(Section):
+    """The generator: trained here from scratch, or a diffusers DiTPipeline folder."""
+
+    source: Literal["scratch", "folder"] = Field("scratch", description="scratch = train a small one; folder = copy a diffusers DiTPipeline folder")
+    location: str | None = Field(None, description="the DiTPipeline folder, for source: folder")
+    timesteps: Annotated[int, Field(ge=2, le=10_000)] = Field(1000, description="diffusion timesteps T")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first of the linear betas")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last of the linear betas")
+    vae: VaeConfig = Field(VaeConfig(), description="the autoencoder (source: scratch)")
+    dit: DitConfig = Field(DitConfig(), description="the diffusion transformer (source: scratch)")
+    seed: Seed = Field(0, description="seed of weights and draws")
+    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.source == "folder") != (self.location is not None):
+            raise ValueError("`location` goes with `source: folder`, and only with it; set both or neither")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"`beta_start` {self.beta_start} must not exceed `beta_end` {self.beta_end}")
+        return self
+
+
+class EncodeConfig(Section):
+    """Posterior moments of every training image, computed once."""
+
+    batch_size: Count = Field(256, description="images per pass through the autoencoder")
+    shard_size: Count = Field(4096, description="images per shard file")
+    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+
+
+class FinetuneConfig(Section):
+    """The paper's objective: diffusion loss, representativeness and diversity against two memories."""
+
+    seeds: Seeds = Field((0,), description="one fine-tune per seed; generation seed number i samples from fine-tune i, or from the only one")
+    steps: Count = Field(600, description="optimiser steps")
+    batch_size: Count = Field(32, description="latents per step")
+    balanced: bool = Field(False, description="draw the same number of images of every class into each batch")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
+    trainable: Literal["difffit", "all"] = Field("difffit", description="difffit = biases, label table and scale vectors; all = every weight")
+    label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label; such samples never meet the memories")
+    lambda_real: Annotated[float, Field(ge=0)] = Field(0.002, description="weight of representativeness, L_real")
+    lambda_gen: Annotated[float, Field(ge=0)] = Field(0.008, description="weight of diversity, L_gen")
+    capacity_real: Count = Field(64, description="entries per class of the memory of real latents, N_R")
+    capacity_gen: Count = Field(64, description="entries per class of the memory of generated latents, N_G")
+    policy: Literal["redundancy", "fifo", "none"] = Field(
+        "redundancy", description="who leaves a full memory: redundancy = the most similar to the rest (self-adaptive), fifo = the oldest; none = no memories"
+    )
+    update: Literal["step", "epoch"] = Field("step", description="when entries join the memories: after each step, or once per epoch (the paper's figure 2)")
+    epoch_candidates: Count = Field(256, description="with update: epoch, the newest candidates kept per class until the epoch ends")
+    max_timestep: Count | None = Field(None, description="noise-aware memory: only predictions from timesteps below this are compared and enter; null = all")
+    ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
+    log_every: Count = Field(5, description="steps between lines of metrics.csv")
+    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
+
+
+class SampleConfig(Section):
+    """How the synthetic images are drawn."""
+
+    images_per_class: Count = Field(10, description="IPC: images per class; a smaller set is contained in a larger one")
+    seeds: Seeds = Field((0, 1, 2), description="generation seeds: one complete set of images for each")
+    guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="classifier-free guidance scale; 1 = none")
+    sampler: Literal["ddpm", "ddim", "dpm++"] = Field("ddim", description="ddpm (ancestral), ddim or dpm++ (deterministic)")
+    steps: Count = Field(25, description="sampling steps")
+    classes: tuple[str, ...] | None = Field(None, description="sample these classes only; null = all")
+    chunk_size: Count = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
+    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+
+
+class EvaluateConfig(Section):
+    """Students trained from scratch on a small set, tested on real images."""
+
+    students: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("convnet-2",), description="networks: convnet-<depth>, resnetap-10, resnet-18 (instance norm) or any timm model by name"
+    )
+    images_per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((1, 10), description="set sizes that are judged")
+    student_seeds: Seeds = Field((0, 1), description="trainings per set, each with its own initial weights and batches")
+    baselines: tuple[Literal["random", "full"], ...] = Field(("random", "full"), description="random = random real images of the same size, full = the whole training split")
+    random_seeds: Seeds = Field((0, 1, 2), description="draws of random real images; as many as generation seeds make a fair table")
+    protocol: str = Field("short-200", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table")
+    evaluations: Count = Field(4, description="times a student is tested while it trains; the headline is the last, the best is a side value")
+    workers: Count = Field(2, description="students trained at the same time, each on its own CPU thread; changes no number")
+
+    @model_validator(mode="after")
+    def _known_protocol(self) -> Self:
+        protocol(self.protocol)
+        return self
+
+
+class ReportConfig(Section):
+    """The page and the figures."""
+
+    shown_per_class: Count = Field(10, description="images per class in the grids of the report")
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    STAGES: ClassVar[tuple[str, ...]] = ("prepare", "pretrain", "encode", "finetune", "sample", "evaluate", "report")
+
+    prepare: PrepareConfig = Field(PrepareConfig(), description="real images, validated, cropped and split")
+    pretrain: PretrainConfig = Field(PretrainConfig(), description="the generator: autoencoder and diffusion transformer")
+    encode: EncodeConfig = Field(EncodeConfig(), description="latents of the training images")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="the method: two memories beside the diffusion loss")
+    sample: SampleConfig = Field(SampleConfig(), description="the distilled images")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="students trained on distilled and on real sets")
+    report: ReportConfig = Field(ReportConfig(), description="tables, figures, page")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wanted, drawn = max(self.evaluate.images_per_class), self.sample.images_per_class
+        if wanted > drawn:
+            raise ValueError(f"`evaluate.images_per_class` asks for {wanted}, but `sample.images_per_class` draws {drawn}; raise the latter")
+        tunes, draws = len(self.finetune.seeds), len(self.sample.seeds)
+        if tunes not in (1, draws):
+            raise ValueError(f"`finetune.seeds` has {tunes} entries; give 1, or one for each of the {draws} `sample.seeds`")
+        return self
+
+    def section(self, stage: str) -> Section:
+        """The section of that stage."""
+        section: Section = getattr(self, stage)
+        return section
+
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "digits": {},
+    "fashion-mnist": {
+        "prepare": {"source": "fashion-mnist", "side": 28, "flip": True, "shard_size": 16384},
+        "pretrain": {
+            "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
+            "dit": {"heads": 6, "layers": 6, "steps": 12000, "learning_rate": 5e-4},
+        },
+        "encode": {"shard_size": 16384},
+        "finetune": {"steps": 2000, "batch_size": 64},
+        "sample": {"images_per_class": 50},
+        "evaluate": {"students": ["convnet-3"], "images_per_class": [1, 10, 50], "protocol": "short-500"},
+    },
+    "folder": {
+        "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
+        "pretrain": {
+            "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
+            "dit": {"heads": 6, "layers": 6, "steps": 10000, "learning_rate": 5e-4},
+        },
+        "finetune": {"steps": 1000, "batch_size": 64},
+        "evaluate": {"students": ["convnet-3"], "protocol": "short-500"},
+    },
+    "tiny": {
+        "prepare": {"classes": ["0", "1", "2"]},
+        "pretrain": {
+            "vae": {"channels": [16, 16], "steps": 12, "batch_size": 16},
+            "dit": {"layers": 2, "heads": 2, "head_dim": 16, "steps": 12, "batch_size": 16},
+            "checkpoint_every": 5,
+        },
+        "finetune": {"steps": 12, "batch_size": 12, "capacity_real": 4, "capacity_gen": 4, "log_every": 1, "checkpoint_every": 5},
+        "sample": {"images_per_class": 2, "seeds": [0, 1], "steps": 3, "chunk_size": 4},
+        "evaluate": {"images_per_class": [1, 2], "student_seeds": [0], "random_seeds": [0, 1], "protocol": "short-20", "evaluations": 2},
+    },
+}
+
+
+def preset(name: str) -> Params:
+    """The parameters of a preset; a `DiffstillError` lists the known names otherwise."""
+    if name not in PRESETS:
+        raise DiffstillError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}")
+    return Params.model_validate_json(json.dumps(PRESETS[name]))
+
+
+def load_params(path: Path) -> Params:
+    """Read `params.yaml`. Raises `DiffstillError` naming every wrong knob, its value and the rule."""
+    if not path.is_file():
+        raise DiffstillError(f"{path}: no such file; write one with `diffstill preset digits`")
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise DiffstillError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    try:
+        return Params.model_validate_json(json.dumps(values if values is not None else {}))
+    except ValidationError as error:
+        raise DiffstillError(f"{path}: {_explain(error)}") from error
+    except TypeError as error:
+        raise DiffstillError(f"{path}: holds a value that is no number, text, list or mapping ({error})") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per wrong knob, in plain words."""
+    lines = []
+    for item in error.errors():
+        knob = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "constrained-", "int", "literal")))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"`{knob}` is not a knob; remove it or mend its name (`diffstill show` lists all)")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"`{knob}` is {item['input']!r}: {message}" if knob and item["type"] != "value_error" else f"{knob}{': ' if knob else ''}{message}")
+    return "; ".join(lines)
+
+
+def render_params(params: Params) -> str:
+    """`params` as YAML with one comment per knob, as `load_params` reads it."""
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.dump(_commented(params), text)
+    return text.getvalue()
+
+
+def _commented(section: Section, indent: int = 0) -> CommentedMap:
+    node = CommentedMap()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            node[name] = _commented(value, indent + 2)
+            node.yaml_set_comment_before_after_key(name, before=("\n" if indent == 0 and len(node) > 1 else "") + str(field.description), indent=indent)
+        else:
+            node[name] = _flow(value)
+            node.yaml_add_eol_comment(str(field.description), name, column=36)
+    return node
+
+
+def _flow(value: Any) -> Any:
+    from ruamel.yaml.comments import CommentedSeq
+
+    if not isinstance(value, tuple):
+        return value
+    sequence = CommentedSeq(value)
+    sequence.fa.set_flow_style()
+    return sequence
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of `params.yaml`, for editors."""
+    schema = Params.model_json_schema()
+    schema["$defs"]["EvaluateConfig"]["properties"]["protocol"]["enum"] = list(PROTOCOLS)
+    return schema
