@@ -29,7 +29,7 @@ from diffstill.errors import DiffstillError
 
 Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report"]
 Array = npt.NDArray[Any]
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 MANIFEST = "manifest.json"
 
 
@@ -126,7 +126,10 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
     try:
         draft.folder.chmod(0o755)
         yield draft
-        files = {path.relative_to(draft.folder).as_posix(): file_digest(path) for path in draft.folder.rglob("*") if path.is_file()}
+        paths = [path for path in draft.folder.rglob("*") if path.is_file()]
+        for path in paths:
+            path.chmod(0o644)  # safetensors writes for its owner alone
+        files = {path.relative_to(draft.folder).as_posix(): file_digest(path) for path in paths}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
         manifest = Manifest(kind=kind, config=json.loads(config.canonical()), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
         (draft.folder / MANIFEST).write_text(manifest.text())

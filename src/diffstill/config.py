@@ -57,13 +57,16 @@ class PrepareConfig(Section):
 class VaeConfig(Section):
     """The small autoencoder, trained from scratch."""
 
-    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((32, 64), description="widths per resolution; each after the first halves the side")
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (32, 64), description="widths per resolution; each after the first halves the side"
+    )
     layers: Count = Field(1, description="residual blocks per resolution")
     latent_channels: Count = Field(4, description="channels of the latent")
     steps: Count = Field(600, description="optimiser steps")
     batch_size: Count = Field(64, description="images per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW learning rate, cosine to zero")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-4, description="weight of the KL term beside the mean squared error")
+    ema_decay: Fraction = Field(0.99, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
 
 
 class DitConfig(Section):
@@ -127,11 +130,16 @@ class FinetuneConfig(Section):
     capacity_real: Count = Field(64, description="entries per class of the memory of real latents, N_R")
     capacity_gen: Count = Field(64, description="entries per class of the memory of generated latents, N_G")
     policy: Literal["redundancy", "fifo", "none"] = Field(
-        "redundancy", description="who leaves a full memory: redundancy = the most similar to the rest (self-adaptive), fifo = the oldest; none = no memories"
+        "redundancy",
+        description="who leaves a full memory: redundancy = the most similar to the rest (self-adaptive), fifo = the oldest; none = no memories",
     )
-    update: Literal["step", "epoch"] = Field("step", description="when entries join the memories: after each step, or once per epoch (the paper's figure 2)")
+    update: Literal["step", "epoch"] = Field(
+        "step", description="when entries join the memories: after each step, or once per epoch (the paper's figure 2)"
+    )
     epoch_candidates: Count = Field(256, description="with update: epoch, the newest candidates kept per class until the epoch ends")
-    max_timestep: Count | None = Field(None, description="noise-aware memory: only predictions from timesteps below this are compared and enter; null = all")
+    max_timestep: Count | None = Field(
+        None, description="noise-aware memory: only predictions from timesteps below this are compared and enter; null = all"
+    )
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
     log_every: Count = Field(5, description="steps between lines of metrics.csv")
     threads: Count = Field(2, description="CPU threads; another number may change rounding")
@@ -159,9 +167,13 @@ class EvaluateConfig(Section):
     )
     images_per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((1, 10), description="set sizes that are judged")
     student_seeds: Seeds = Field((0, 1), description="trainings per set, each with its own initial weights and batches")
-    baselines: tuple[Literal["random", "full"], ...] = Field(("random", "full"), description="random = random real images of the same size, full = the whole training split")
+    baselines: tuple[Literal["random", "full"], ...] = Field(
+        ("random", "full"), description="random = random real images of the same size, full = the whole training split"
+    )
     random_seeds: Seeds = Field((0, 1, 2), description="draws of random real images; as many as generation seeds make a fair table")
-    protocol: str = Field("short-200", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table")
+    protocol: str = Field(
+        "short-200", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table"
+    )
     evaluations: Count = Field(4, description="times a student is tested while it trains; the headline is the last, the best is a side value")
     workers: Count = Field(2, description="students trained at the same time, each on its own CPU thread; changes no number")
 
@@ -274,7 +286,9 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"`{knob}` is not a knob; remove it or mend its name (`diffstill show` lists all)")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"`{knob}` is {item['input']!r}: {message}" if knob and item["type"] != "value_error" else f"{knob}{': ' if knob else ''}{message}")
+            lines.append(
+                f"`{knob}` is {item['input']!r}: {message}" if knob and item["type"] != "value_error" else f"{knob}{': ' if knob else ''}{message}"
+            )
     return "; ".join(lines)
 
 
@@ -293,7 +307,9 @@ def _commented(section: Section, indent: int = 0) -> CommentedMap:
         value = getattr(section, name)
         if isinstance(value, Section):
             node[name] = _commented(value, indent + 2)
-            node.yaml_set_comment_before_after_key(name, before=("\n" if indent == 0 and len(node) > 1 else "") + str(field.description), indent=indent)
+            node.yaml_set_comment_before_after_key(
+                name, before=("\n" if indent == 0 and len(node) > 1 else "") + str(field.description), indent=indent
+            )
         else:
             node[name] = _flow(value)
             node.yaml_add_eol_comment(str(field.description), name, column=36)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -27,16 +27,9 @@ class Record(Protocol):
         """Log a file (a contact sheet, a figure, a page) by the name it has."""
         ...
 
-    def progress(self, description: str, total: int, unit: str, done: int = 0) -> ProgressContext:
+    def progress(self, description: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Progress]:
         """Open a progress bar over `total` units, `done` of them finished earlier."""
         ...
-
-
-class ProgressContext(Protocol):
-    """A progress bar to be used in a `with` statement."""
-
-    def __enter__(self) -> Progress: ...
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 class _NoProgress:

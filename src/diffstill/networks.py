@@ -1,0 +1,249 @@
+"""The generator's networks: build, save and load a diffusers DiT and autoencoder; DiffFit; noise schedulers.
+
+The diffusers DiT keeps one timestep-and-label embedder per block, each dropping labels by itself in training mode.
+Here all blocks share one embedder, and the model stays in `eval()` mode even while it trains (it has no other
+dropout); labels are dropped by the caller, once per sample. Writing a folder puts the copies back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diffstill import torchvision_shim  # noqa: F401  (before diffusers)
+from diffstill.errors import DiffstillError
+
+if TYPE_CHECKING:
+    from diffstill.config import PretrainConfig
+
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler  # noqa: E402
+
+STOCK_FREQUENCY_SHIFT = 1.0
+"""diffusers' timestep frequencies; weights from the original DiT code need 0, which no diffusers config records."""
+
+
+@dataclass
+class Generator:
+    """A latent diffusion model, opened: the networks and what its maths needs."""
+
+    transformer: Any
+    vae: Any
+    scheduler: dict[str, Any]
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no label: the last row of the label table."""
+        return int(self.transformer.config.num_embeds_ada_norm)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def learned_variance(self) -> bool:
+        """Does the transformer predict a variance beside the noise?"""
+        return bool(self.transformer.out_channels == 2 * self.transformer.config.in_channels)
+
+    def alphas_cumprod(self) -> Tensor:
+        """The cumulative alphas abar_t, (T,) float32."""
+        alphas_cumprod: Tensor = build_scheduler("ddpm", self.scheduler, learned_variance=False).alphas_cumprod
+        return alphas_cumprod
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, each (N, C, h, w), of images (N, channels, side, side) in -1..1."""
+        posterior = self.vae.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, channels, side, side), about -1..1, of scaled latents."""
+        images: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return images
+
+    def predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The transformer's output: noise (N,C,h,w), or noise and variance (N,2C,h,w)."""
+        output: Tensor = self.transformer(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
+        return output
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The predicted noise alone, (N,C,h,w)."""
+        return self.predict(x_t, t, labels)[:, : x_t.shape[1]]
+
+    def to(self, device: str) -> Generator:
+        """The same generator on `device`."""
+        return Generator(self.transformer.to(device), self.vae.to(device), self.scheduler)
+
+
+def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:
+    """A small AutoencoderKL for images of `channels` x `side` x `side`. `DiffstillError` if the side cannot be halved so often."""
+    widths = config.vae.channels
+    if side % 2 ** (len(widths) - 1):
+        raise DiffstillError(
+            f"`pretrain.vae.channels` {list(widths)} halves the side {len(widths) - 1} times, but {side} px cannot be halved so often; use fewer widths"
+        )
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=config.vae.layers,
+        latent_channels=config.vae.latent_channels,
+        norm_num_groups=min(8, *widths),
+        sample_size=side,
+    ).eval()
+
+
+def build_transformer(config: PretrainConfig, classes: int, latent_side: int) -> Any:
+    """A small DiT with one shared embedder. `DiffstillError` if the patch does not divide the latent side."""
+    if latent_side % config.dit.patch:
+        raise DiffstillError(f"`pretrain.dit.patch` {config.dit.patch} does not divide the latent side {latent_side}; use a divisor")
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=config.dit.heads,
+        attention_head_dim=config.dit.head_dim,
+        in_channels=config.vae.latent_channels,
+        out_channels=config.vae.latent_channels,  # DiTPipeline cannot sample with the default None
+        num_layers=config.dit.layers,
+        sample_size=latent_side,
+        patch_size=config.dit.patch,
+        num_embeds_ada_norm=classes,
+    )
+    _zero_init(transformer)
+    return _share_embedder(transformer.eval())
+
+
+def _zero_init(transformer: Any) -> None:
+    """adaLN-Zero (DiT, section 3.2): every block starts as the identity, and the output starts at zero."""
+    for layer in (*(block.norm1.linear for block in transformer.transformer_blocks), transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.normal_(transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+
+
+def _share_embedder(transformer: Any) -> Any:
+    for block in transformer.transformer_blocks:
+        block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
+    return transformer
+
+
+def _check_embedders(transformer: Any, folder: Path) -> None:
+    """Sharing is exact only where all copies are equal, as in every DiT trained with one embedder."""
+    first, *others = [list(block.norm1.emb.parameters()) for block in transformer.transformer_blocks]
+    for number, other in enumerate(others, start=1):
+        if not all(torch.equal(a, b) for a, b in zip(first, other, strict=True)):
+            raise DiffstillError(
+                f"{folder}: block {number} of the transformer has another timestep and label embedder than block 0; only a DiT with one embedder is supported"
+            )
+
+
+def _unshared(transformer: Any) -> Any:
+    copy = DiTTransformer2DModel.from_config(transformer.config)
+    copy.load_state_dict(transformer.state_dict())
+    return copy
+
+
+def save_generator(generator: Generator, folder: Path, class_names: list[str]) -> None:
+    """Write a folder that diffusers' `DiTPipeline.from_pretrained` opens (with `guidance_scale=1`: its null label is fixed at 1000)."""
+    scheduler = build_scheduler("ddim", generator.scheduler, learned_variance=False)
+    DiTPipeline(_unshared(generator.transformer), generator.vae, scheduler).save_pretrained(folder, safe_serialization=True)
+    index = folder / "model_index.json"  # the pipeline reads `id2label` from here, but does not write it
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(class_names))}, indent=2) + "\n")
+
+
+def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT) -> Generator:
+    """Open a diffusers DiTPipeline folder, in `eval()` mode with one shared embedder.
+
+    `frequency_shift` is that of the timestep frequencies the weights were trained with (1 in diffusers, 0 in the
+    original DiT). Raises `DiffstillError` where the folder is not such a pipeline.
+    """
+    try:
+        options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **options)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DiffstillError(
+            f"{folder}: not a diffusers DiTPipeline folder with safetensors weights ({' '.join(str(error).split())[:200]})"
+        ) from error
+    _check_embedders(transformer, folder)
+    _share_embedder(transformer)
+    transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = frequency_shift
+    return Generator(transformer.eval().requires_grad_(False), vae.eval().requires_grad_(False), scheduler)
+
+
+def build_scheduler(sampler: str, config: Mapping[str, Any], *, learned_variance: bool) -> Any:
+    """diffusers' scheduler for `sampler` (`ddpm`, `ddim`, `dpm++`) over the betas of `config`.
+
+    Timesteps are spaced `trailing`, from T-1 down to the last before 0; predictions are not clipped. Only `ddpm` uses
+    a learned variance (`learned_range`); give the others the noise alone.
+    """
+    common = {
+        "num_train_timesteps": config["num_train_timesteps"],
+        "beta_start": config["beta_start"],
+        "beta_end": config["beta_end"],
+        "beta_schedule": config["beta_schedule"],
+        "timestep_spacing": "trailing",
+    }
+    if sampler == "ddpm":
+        return DDPMScheduler(**common, clip_sample=False, variance_type="learned_range" if learned_variance else "fixed_small")
+    if sampler == "ddim":
+        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+    return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
+
+
+def add_scales(transformer: Any) -> None:
+    """DiffFit's scale vectors, ones at first, in the first half of the blocks (arXiv 2304.06648, as the paper uses it).
+
+    They multiply the outputs of q, k and v, of the attention's output projection, and of both residual branches.
+    """
+    for block in transformer.transformer_blocks[: len(transformer.transformer_blocks) // 2]:
+        attention = block.attn1
+        for module in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0], attention, block.ff):
+            width = attention.to_q.out_features
+            module.register_parameter("difffit_scale", nn.Parameter(torch.ones(width, device=attention.to_q.weight.device)))
+            module.register_forward_hook(_scaled)
+
+
+def _scaled(module: Any, _inputs: object, output: Tensor) -> Tensor:
+    scaled: Tensor = output * module.difffit_scale
+    return scaled
+
+
+def choose_trainable(transformer: Any, trainable: str) -> dict[str, nn.Parameter]:
+    """Freeze everything but what `trainable` names, and return that by name.
+
+    `difffit`: every bias, the label table and the scale vectors, which this adds; `all`: every weight.
+    """
+    if trainable == "difffit":
+        add_scales(transformer)
+    chosen = {name: weight for name, weight in transformer.named_parameters() if trainable == "all" or _is_difffit(name)}
+    transformer.requires_grad_(False)
+    for weight in chosen.values():
+        weight.requires_grad_(True)
+    return chosen
+
+
+def _is_difffit(name: str) -> bool:
+    return name.endswith((".bias", ".difffit_scale", "class_embedder.embedding_table.weight"))
+
+
+def apply_delta(transformer: Any, delta: Mapping[str, Tensor]) -> None:
+    """Give `transformer` the weights of a denoiser. Raises `DiffstillError` where a name or shape does not fit."""
+    if any(name.endswith(".difffit_scale") for name in delta):
+        add_scales(transformer)
+    own = dict(transformer.named_parameters())
+    for name, value in delta.items():
+        if name not in own or own[name].shape != value.shape:
+            raise DiffstillError(
+                f"the denoiser's weight `{name}` {tuple(value.shape)} does not fit this generator; use the generator it was fine-tuned from"
+            )
+    with torch.no_grad():
+        for name, value in delta.items():
+            own[name].copy_(value)

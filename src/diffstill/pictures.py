@@ -1,0 +1,33 @@
+"""Contact sheets and PNG files from arrays of pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffstill.artifacts import Array
+
+SHOWN_SIDE = 48
+"""Smaller images are enlarged, without smoothing, to about this many pixels."""
+
+
+def to_image(pixels: Array) -> Image.Image:
+    """uint8 (channels, height, width) as a Pillow image, grey or colour."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def contact_sheet(rows: Array, gap: int = 2) -> Image.Image:
+    """A grid of uint8 images (rows, columns, channels, height, width), on white, small ones enlarged."""
+    scale = max(1, round(SHOWN_SIDE / rows.shape[-1]))
+    large = rows.repeat(scale, axis=3).repeat(scale, axis=4)
+    padded = np.pad(large, ((0, 0), (0, 0), (0, 0), (gap, gap), (gap, gap)), constant_values=255)
+    count, columns, channels, height, width = padded.shape
+    return to_image(padded.transpose(2, 0, 3, 1, 4).reshape(channels, count * height, columns * width))
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG; equal pixels give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", compress_level=9)

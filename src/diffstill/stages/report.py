@@ -1,0 +1,577 @@
+"""Stage `report`: all scores of one experiment as numbers, figures and one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy import stats
+
+from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact
+from diffstill.config import EvaluateConfig, FinetuneConfig, PrepareConfig, ReportConfig, SampleConfig, Section
+from diffstill.errors import DiffstillError
+from diffstill.html import SOURCE_NAMES, Cell, Curve, Gain, GridRow, Page, Setting, Source, Verdict, figures, percent, plain, plural, render, signed
+from diffstill.metrics import label_robust_score, summary
+from diffstill.record import Record, ignore
+
+CURVE_COLUMNS = ("step", "loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
+_OUTCOMES = {
+    "gain": "clearly better",
+    "loss": "clearly worse",
+    "unclear": "the interval contains zero, so no difference is shown",
+    "unknown": "too few generation seeds for an interval, so no claim",
+}
+Accuracy = Field(ge=0.0, le=1.0)
+
+
+class Run(BaseModel):
+    """One line of `scores.jsonl`: one student, trained once. Accuracies are fractions; `accuracy_val` is None without a val split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: Source
+    student: str
+    images_per_class: int | None = Field(ge=1)
+    generation_seed: int | None
+    student_seed: int
+    protocol: str
+    steps: int
+    train_images: int
+    accuracy_test: float = Accuracy
+    accuracy_val: float | None = Accuracy
+    best_test: float = Accuracy
+    best_step: int
+    labels: Literal["hard"]
+    images_digest: str
+
+    @model_validator(mode="after")
+    def _full_has_no_size(self) -> Self:
+        if (self.source == "full") != (self.images_per_class is None) or (self.source == "full") != (self.generation_seed is None):
+            raise ValueError("images_per_class and generation_seed are null for `full`, and only for it")
+        return self
+
+    @property
+    def column(self) -> tuple[str, str, int | None]:
+        """What the runs of one cell of the table share."""
+        return self.source, self.student, self.images_per_class
+
+    @property
+    def order(self) -> tuple[int, str, int, int, int]:
+        """Where the run stands among all, whatever order the scores came in; no two runs may share it."""
+        return list(SOURCE_NAMES).index(self.source), self.student, self.images_per_class or 0, self.generation_seed or 0, self.student_seed
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The verified artifacts that a report is made from; scores in the order of their digests."""
+
+    images: Artifact
+    denoiser: Artifact
+    distilled: Artifact
+    untuned: Artifact
+    scores: Sequence[Artifact]
+
+    def named(self) -> dict[str, Artifact]:
+        """All of them by name, scores numbered."""
+        one = {"images": self.images, "denoiser": self.denoiser, "distilled": self.distilled, "untuned": self.untuned}
+        return one | {f"scores-{number:03d}": artifact for number, artifact in enumerate(self.scores)}
+
+
+def report(
+    config: ReportConfig,
+    *,
+    images: Path,
+    denoiser: Path,
+    distilled: Path,
+    untuned: Path,
+    scores: Sequence[Path],
+    report: Path,
+    record: Record = ignore,
+) -> dict[str, float]:
+    """Write the `report` artifact: metrics.json, accuracy.csv, report.html and four figures as PNG.
+
+    Returns the numbers of metrics.json, flat. Raises `DiffstillError` for scores that share no table: two protocols, two sets of
+    real images, a run twice or missing, other images than those given.
+    """
+    inputs = _open(images, denoiser, distilled, untuned, scores)
+    runs = read_runs(inputs.scores)
+    _refuse_other_images(runs, inputs)
+    cells = table(runs)
+    page = _page(config, inputs, runs, cells)
+    numbers = metrics(cells)
+    with new_artifact(report, "report", config, inputs.named()) as draft:
+        (draft.folder / "metrics.json").write_text(json.dumps(numbers, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        (draft.folder / "accuracy.csv").write_text(_accuracy_csv(cells, runs[0].protocol))
+        (draft.folder / "report.html").write_text(render(page), encoding="utf-8")
+        pictures = figures(page)
+        for name, content in pictures.items():
+            (draft.folder / name).write_bytes(content)
+        draft.facts |= {"protocol": runs[0].protocol, "students": list(page.students), "runs": len(runs), "images_digest": inputs.images.digest}
+    flat = _flat(numbers)
+    record.metrics(flat, step=0)
+    for name in ("report.html", *pictures):
+        record.file(report / name)
+    return flat
+
+
+def _open(images: Path, denoiser: Path, distilled: Path, untuned: Path, scores: Sequence[Path]) -> Inputs:
+    if not scores:
+        raise DiffstillError("no scores were given; a report needs at least one `scores` folder: run `evaluate` first")
+    inputs = Inputs(
+        open_artifact(images, "images"),
+        open_artifact(denoiser, "denoiser"),
+        open_artifact(distilled, "distilled"),
+        open_artifact(untuned, "distilled"),
+        sorted((open_artifact(folder, "scores") for folder in scores), key=lambda artifact: artifact.digest),
+    )
+    for name, artifact in (("distilled", inputs.distilled), ("untuned", inputs.untuned)):
+        if artifact.facts["source"] != name:
+            raise DiffstillError(
+                f"{artifact.folder}: was sampled from source `{artifact.facts['source']}` where `{name}` is expected; swap the folders"
+            )
+    return inputs
+
+
+def read_runs(scores: Sequence[Artifact]) -> list[Run]:
+    """All runs of all scores in a fixed order. Raises `DiffstillError` if they share no table (see `report`)."""
+    runs = sorted((run for artifact in scores for run in _lines(artifact.folder / "scores.jsonl")), key=lambda run: run.order)
+    if not runs:
+        raise DiffstillError(f"{scores[0].folder}: no student run in the scores given; run `evaluate` with at least one student")
+    _refuse_mixture("protocol", {run.protocol for run in runs})
+    _refuse_mixture("images digest", {run.images_digest for run in runs})
+    for earlier, later in itertools.pairwise(runs):
+        if earlier.order == later.order:
+            raise DiffstillError(f"{_named(later)} occurs twice in the scores; pass each scores folder once")
+    _refuse_gaps(runs)
+    return runs
+
+
+def _lines(path: Path) -> list[Run]:
+    if not path.is_file():
+        raise DiffstillError(f"{path}: missing; make the `scores` artifact anew with `evaluate`")
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            runs.append(Run.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            knob = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise DiffstillError(f"{path}, line {number}: {knob}: {first['msg']}; make the `scores` artifact anew with `evaluate`") from error
+    return runs
+
+
+def _named(run: Run) -> str:
+    size = "all images" if run.images_per_class is None else f"{run.images_per_class} images per class"
+    return f"the run {run.source}, {run.student}, {size}, generation seed {run.generation_seed}, student seed {run.student_seed}"
+
+
+def _refuse_mixture(what: str, found: set[str]) -> None:
+    if len(found) > 1:
+        raise DiffstillError(f"scores of more than one {what}: {', '.join(sorted(found))}; they never share a table, so make one report for each")
+
+
+def _refuse_gaps(runs: Sequence[Run]) -> None:
+    """Every generation seed of a cell must have the same student seeds, or means over runs would weigh the seeds unequally."""
+    for cell in _by_column(runs).values():
+        students = {run.student_seed for run in cell}
+        for seed, found in _by_seed(cell).items():
+            if missing := students - {run.student_seed for run in found}:
+                raise DiffstillError(
+                    f"{cell[0].source}, {cell[0].student}, {cell[0].images_per_class} images per class: generation seed {seed} lacks "
+                    f"student seed {min(missing)} that others have; pass all scores of the experiment"
+                )
+
+
+def _refuse_other_images(runs: Sequence[Run], inputs: Inputs) -> None:
+    """Scores must come from the very artifacts that the page shows."""
+    if runs[0].images_digest != inputs.images.digest:
+        raise DiffstillError(
+            f"scores of images digest {runs[0].images_digest}, but {inputs.images.folder} has {inputs.images.digest}; pass the images that `evaluate` used"
+        )
+    given = {inputs.images.digest, inputs.distilled.digest, inputs.untuned.digest}
+    for artifact in inputs.scores:
+        for name, digest in artifact.manifest.inputs.items():
+            if digest not in given:
+                raise DiffstillError(
+                    f"{artifact.folder}: was made from another `{name}` ({digest}) than the report is given; pass the one `evaluate` used"
+                )
+
+
+def _by_column(runs: Iterable[Run]) -> dict[tuple[str, str, int | None], list[Run]]:
+    groups: dict[tuple[str, str, int | None], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.column].append(run)
+    return dict(groups)
+
+
+def _by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
+    groups: dict[int | None, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.generation_seed].append(run)
+    return dict(groups)
+
+
+def table(runs: Sequence[Run]) -> list[Cell]:
+    """One cell per source, student and size, in the order of `runs`: summaries at the last epoch, gains, scores."""
+    groups = _by_column(runs)
+    means = {column: summary([run.accuracy_test for run in found]).mean for column, found in groups.items()}
+    return [_cell(found, groups, means) for found in groups.values()]
+
+
+def _cell(
+    runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]], means: Mapping[tuple[str, str, int | None], float]
+) -> Cell:
+    source, student, size = runs[0].source, runs[0].student, runs[0].images_per_class
+    tests = [run.accuracy_test for run in runs]
+    validations = [run.accuracy_val for run in runs if run.accuracy_val is not None]
+    rivals = [means[other] for other in means if other[1:] == (student, size)]
+    return Cell(
+        source=source,
+        student=student,
+        images_per_class=size,
+        test=summary(tests),
+        lowest=min(tests),
+        highest=max(tests),
+        validation=summary(validations) if validations else None,
+        best_test=summary([run.best_test for run in runs]),
+        best_step=summary([run.best_step for run in runs]).mean,
+        over_random=_over("random", runs, groups) if source in ("untuned", "distilled") else None,
+        over_untuned=_over("untuned", runs, groups) if source == "distilled" else None,
+        label_robust_score=_robust(runs[0], means),
+        leads=source != "full" and means[source, student, size] == max(rivals),
+    )
+
+
+def _over(base: Source, runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]]) -> Gain | None:
+    others = groups.get((base, *runs[0].column[1:]))
+    return gain(_seed_means(runs), _seed_means(others)) if others else None
+
+
+def _seed_means(runs: Sequence[Run]) -> list[float]:
+    """Mean test accuracy per generation seed: students on the same images are no independent samples."""
+    return [summary([run.accuracy_test for run in found]).mean for found in _by_seed(runs).values()]
+
+
+def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
+    """Difference of means in points with Welch's two-sided 95 % interval, one value (a fraction) per generation seed.
+
+    No interval with fewer than two values on a side, or where nothing varies.
+    """
+    points = 100 * (summary(values).mean - summary(base).mean)
+    if min(len(values), len(base)) < 2 or (np.ptp(values) == 0 and np.ptp(base) == 0):
+        return Gain(points, None, None)
+    interval = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
+    return Gain(points, 100 * float(interval.low), 100 * float(interval.high))
+
+
+def _robust(run: Run, means: Mapping[tuple[str, str, int | None], float]) -> float | None:
+    """LRS with hard labels; None for real sources and where random real or the full-data ceiling is absent."""
+    random, full = means.get(("random", run.student, run.images_per_class)), means.get(("full", run.student, None))
+    if run.source not in ("untuned", "distilled") or random is None or full is None:
+        return None
+    return label_robust_score(means[run.column], random, full)
+
+
+def metrics(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """The content of metrics.json: {student: {source: {"ipc<n>" or "all": numbers}}}; accuracies as fractions, gains in points."""
+    tree: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for cell in cells:
+        size = "all" if cell.images_per_class is None else f"ipc{cell.images_per_class}"
+        tree.setdefault(cell.student, {}).setdefault(cell.source, {})[size] = _numbers(cell)
+    return tree
+
+
+def _numbers(cell: Cell) -> dict[str, float]:
+    found: dict[str, float | None] = {"test_mean": cell.test.mean, "test_std": cell.test.sd}
+    if cell.validation:
+        found |= {"val_mean": cell.validation.mean, "val_std": cell.validation.sd}
+    for name, over in (("random", cell.over_random), ("untuned", cell.over_untuned)):
+        if over:
+            found |= {f"gain_over_{name}": over.points, f"gain_over_{name}_low": over.low, f"gain_over_{name}_high": over.high}
+    found["label_robust_score_hard"] = cell.label_robust_score
+    return {name: round(value, 6) for name, value in found.items() if value is not None} | {"runs": cell.test.runs}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": float(value)}
+    return flat
+
+
+def _accuracy_csv(cells: Sequence[Cell], protocol: str) -> str:
+    """One line per cell for plots; `images_per_class` is empty for full data, `sd` for a single run."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["source", "student", "images_per_class", "mean", "sd", "runs", "protocol"])
+    for cell in cells:
+        sd = None if cell.test.sd is None else round(cell.test.sd, 6)
+        lines.writerow([cell.source, cell.student, cell.images_per_class, round(cell.test.mean, 6), sd, cell.test.runs, protocol])
+    return text.getvalue()
+
+
+def _page(config: ReportConfig, inputs: Inputs, runs: Sequence[Run], cells: Sequence[Cell]) -> Page:
+    denoiser = inputs.denoiser.facts
+    return Page(
+        title=f"Distilled {inputs.images.facts['source']}",
+        lead=_lead(inputs),
+        facts=_facts(inputs, runs),
+        headline=_headline(cells),
+        verdicts=[verdict for cell in cells if (verdict := _verdict(cell, cells))],
+        cells=cells,
+        caption=_caption(inputs, runs),
+        footnotes=_footnotes(cells),
+        grid=_grid(config, inputs),
+        grid_caption=_grid_caption(inputs),
+        curves=[_curve(inputs.denoiser, seed) for seed in denoiser["seeds"]],
+        capacities=(denoiser["capacity_real"], denoiser["capacity_gen"]),
+        memories=denoiser["policy"] != "none",
+        memory_caption=_memory_caption(denoiser),
+        settings=_settings(config, inputs),
+        digests=_digests(inputs),
+    )
+
+
+def _images_in(inputs: Inputs, split: str) -> int:
+    return sum(inputs.images.facts["counts"].get(split, {}).values())
+
+
+def _lead(inputs: Inputs) -> str:
+    size = inputs.distilled.facts["images_per_class"]
+    return (
+        f"{plural(size, 'synthetic image').capitalize()} per class in place of {plain(_images_in(inputs, 'train'))} real training images, "
+        f"judged by training classifiers from scratch and testing them on {plain(_images_in(inputs, 'test'))} real images kept apart."
+    )
+
+
+def _facts(inputs: Inputs, runs: Sequence[Run]) -> list[tuple[str, str]]:
+    images, distilled = inputs.images.facts, inputs.distilled.facts
+    classes, seeds = len(images["classes"]), len(distilled["seeds"])
+    return [
+        ("Real images", f"{images['source']}, {plural(classes, 'class').replace('classs', 'classes')}"),
+        ("Size", f"{images['side']} × {images['side']} pixels, {'grey' if images['channels'] == 1 else 'colour'}"),
+        ("Train / val / test", " / ".join(plain(_images_in(inputs, split)) for split in ("train", "val", "test"))),
+        ("Distilled", f"{plural(distilled['images_per_class'], 'image')} per class, {plural(seeds, 'set')}"),
+        ("Sampler", f"{distilled['sampler']}, {plural(distilled['steps'], 'step')}, guidance {distilled['guidance']:g}"),
+        ("Protocol", runs[0].protocol),
+        ("Student runs", plain(len(runs))),
+    ]
+
+
+def _find(cells: Sequence[Cell], source: Source, like: Cell) -> Cell | None:
+    found = [cell for cell in cells if (cell.source, cell.student, cell.images_per_class) == (source, like.student, like.images_per_class)]
+    return found[0] if found else None
+
+
+def _verdict(cell: Cell, cells: Sequence[Cell]) -> Verdict | None:
+    """What one distilled cell says beside random real, and beside the untuned generator where that was run."""
+    random = _find(cells, "random", cell)
+    if cell.source != "distilled" or cell.over_random is None or random is None:
+        return None
+    text = (
+        f"{cell.student}, {plural(cell.images_per_class or 0, 'image')} per class: distilled {percent(cell.test.mean)} %, random real {percent(random.test.mean)} %, "
+        f"{_difference(cell.over_random)}."
+    )
+    if cell.over_untuned:
+        text += f" Beside the untuned generator: {_difference(cell.over_untuned)}."
+    return Verdict(cell.over_random.verdict, text)
+
+
+def _difference(over: Gain) -> str:
+    interval = "" if over.low is None or over.high is None else f" (95 % interval {signed(over.low)} to {signed(over.high)})"
+    return f"{signed(over.points)} points{interval}: {_OUTCOMES[over.verdict]}"
+
+
+def _headline(cells: Sequence[Cell]) -> Verdict:
+    """The answer in one or two sentences, coloured by the comparison with random real."""
+    over_random = [cell.over_random.verdict for cell in cells if cell.source == "distilled" and cell.over_random]
+    over_untuned = [cell.over_untuned.verdict for cell in cells if cell.source == "distilled" and cell.over_untuned]
+    if not over_random:
+        return Verdict("unknown", "These scores hold no distilled runs beside random real ones of the same size, so there is no verdict.")
+    text = f"Distilled images {_compared(over_random, 'as many random real images')}."
+    if over_untuned:
+        text += f" They {_compared(over_untuned, 'those of the untuned generator')}."
+    outcomes = set(over_random)
+    return Verdict(over_random[0] if len(outcomes) == 1 else "unclear", text)
+
+
+def _compared(outcomes: Sequence[str], other: str) -> str:
+    """`beat X in 2 of 3 comparisons, lose in 1`, in plain words."""
+    gains, losses, all_of = outcomes.count("gain"), outcomes.count("loss"), len(outcomes)
+    place = "the one comparison" if all_of == 1 else f"all {all_of} comparisons"
+    if gains == all_of:
+        return f"beat {other} in {place}"
+    if losses == all_of:
+        return f"do worse than {other} in {place}"
+    if not gains and not losses:
+        return f"are not shown to differ from {other} in {'the one comparison' if all_of == 1 else f'any of {all_of} comparisons'}"
+    parts = [f"beat {other} in {gains}" if gains else f"do worse than {other} in {losses}", f"of {all_of} comparisons"]
+    rest = all_of - gains - losses
+    more = [f"do worse in {losses}"] * bool(gains and losses) + [f"show no difference in {rest}"] * bool(rest)
+    return " ".join(parts) + "".join(f" and {part}" for part in more)
+
+
+def _caption(inputs: Inputs, runs: Sequence[Run]) -> str:
+    return (
+        f"Top-1 accuracy in % on {plain(_images_in(inputs, 'test'))} real test images at the last epoch: mean ± sample standard deviation over all runs "
+        f"(number of runs below). Bold: the best small set of each column. In colour: points above random real, with the 95 % interval. "
+        f"Protocol {runs[0].protocol}, {_budget(runs)}. {_repeats(runs)} {_regenerated(inputs)} Hard labels."
+    )
+
+
+def _budget(runs: Sequence[Run]) -> str:
+    """Optimiser steps, by size where they differ."""
+    if len(steps := {run.steps for run in runs}) == 1:
+        return f"{plural(steps.pop(), 'optimiser step')} for every student"
+    by_size: dict[int | None, set[int]] = defaultdict(set)
+    for run in runs:
+        by_size[run.images_per_class].add(run.steps)
+    ordered = sorted(by_size, key=lambda size: math.inf if size is None else size)
+    parts = (f"{size or 'all'}: {' or '.join(plain(count) for count in sorted(by_size[size]))}" for size in ordered)
+    return f"optimiser steps by images per class {'; '.join(parts)}"
+
+
+def _repeats(runs: Sequence[Run]) -> str:
+    """How many generation seeds and student seeds each cell has, by source where they differ."""
+    shapes: dict[str, set[str]] = defaultdict(set)
+    for (source, _, _), cell in _by_column(run for run in runs if run.source != "full").items():
+        seeds = _by_seed(cell)
+        shapes[source].add(f"{plural(len(seeds), 'generation seed')} × {plural(len(cell) // len(seeds), 'student seed')}")
+    every = {shape for found in shapes.values() for shape in found}
+    if not every:
+        return "No small set was judged."
+    if len(every) == 1:
+        return f"Each small set: {every.pop()} (for random real: draws × student seeds)."
+    return "; ".join(f"{SOURCE_NAMES[source]}: {' or '.join(sorted(found))}" for source, found in shapes.items()).capitalize() + "."  # type: ignore[index]
+
+
+def _regenerated(inputs: Inputs) -> str:
+    """Whether generation seeds vary the fine-tuning or the sampling alone."""
+    fine_tunes, sets = len(inputs.denoiser.facts["seeds"]), len(inputs.distilled.facts["seeds"])
+    if sets == 1:
+        return "One fine-tune, sampled once."
+    if fine_tunes == 1:
+        return "Each distilled generation seed repeats the sampling only, from one fine-tune, so the spread leaves out that of fine-tuning."
+    return "Each distilled generation seed repeats fine-tuning and sampling."
+
+
+def _footnotes(cells: Sequence[Cell]) -> list[str]:
+    notes = [
+        "Interval: runs that share a generation seed share their images and are not independent. Their accuracies are averaged per generation seed first, "
+        "and these averages are the samples of Welch's t interval (two-sided, 95 %). It is not corrected for the number of comparisons."
+    ]
+    if any(cell.source == "full" for cell in cells):
+        notes.append("Full data is a single training set: its runs differ in the student seed alone.")
+    if any(cell.test.runs == 1 for cell in cells):
+        notes.append("A cell with one run has no standard deviation.")
+    if any(over and over.low is None for cell in cells for over in (cell.over_random, cell.over_untuned)):
+        notes.append("A gain without brackets has too few generation seeds, or no spread, for an interval: it supports no claim.")
+    return notes
+
+
+def _grid(config: ReportConfig, inputs: Inputs) -> list[GridRow]:
+    """Pictures of each sampled class from all three origins."""
+    classes = inputs.distilled.facts["classes"]
+    known = inputs.images.facts["classes"]
+    for name in {*classes, *inputs.untuned.facts["classes"]}:
+        if name not in known or name not in classes or name not in inputs.untuned.facts["classes"]:
+            raise DiffstillError(f"class {name!r} is not in all of images, distilled and untuned; sample both from the classes of the images")
+    pixels, labels = load_split(inputs.images, "train")
+    return [
+        GridRow(
+            name,
+            {
+                "Real": pixels[np.flatnonzero(labels == known.index(name))[: config.shown_per_class]],
+                "Untuned generator": _sampled(inputs.untuned, name, config.shown_per_class),
+                "Distilled": _sampled(inputs.distilled, name, config.shown_per_class),
+            },
+        )
+        for name in classes
+    ]
+
+
+def _sampled(distilled: Artifact, name: str, count: int) -> npt.NDArray[np.uint8]:
+    """The first images of a class from the first generation seed, (count, channels, side, side)."""
+    folder = distilled.folder / f"seed-{distilled.facts['seeds'][0]}" / name
+    mode = "L" if distilled.facts["channels"] == 1 else "RGB"
+    pictures = []
+    for number in range(min(count, distilled.facts["images_per_class"])):
+        with Image.open(folder / f"{number:05d}.png") as image:
+            pictures.append(np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1))
+    return np.stack(pictures)
+
+
+def _grid_caption(inputs: Inputs) -> str:
+    return (
+        f"The first training images of each class, and the first images of generation seed {inputs.untuned.facts['seeds'][0]} (untuned) and "
+        f"{inputs.distilled.facts['seeds'][0]} (distilled). None was picked by eye."
+    )
+
+
+def _curve(denoiser: Artifact, seed: int) -> Curve:
+    """The columns of one fine-tune's metrics.csv. Raises `DiffstillError` naming a missing column or a line without numbers."""
+    path = denoiser.folder / f"seed-{seed}" / "metrics.csv"
+    if not path.is_file():
+        raise DiffstillError(f"{path}: missing; make the `denoiser` artifact anew with `finetune`")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or (missing := set(CURVE_COLUMNS) - lines[0].keys()):
+        raise DiffstillError(f"{path}: has no {'line' if not lines else f'column {min(missing)}'}; make the `denoiser` artifact anew with `finetune`")
+    try:
+        return Curve(seed, {column: [float(line[column]) for line in lines] for column in CURVE_COLUMNS})
+    except (TypeError, ValueError) as error:
+        raise DiffstillError(f"{path}: a field is no number ({error}); make the `denoiser` artifact anew with `finetune`") from error
+
+
+def _memory_caption(facts: Mapping[str, Any]) -> str:
+    trained = f"{plain(facts['trained_parameters'])} of {plain(facts['parameters'])} parameters trained ({facts['trainable']})"
+    count = f"{plural(len(facts['seeds']), 'fine-tune')} of {plain(facts['steps'])} steps; {trained}."
+    if facts["policy"] == "none":
+        return f"{count} Without memories: the diffusion loss alone."
+    return (
+        f"{count} Memories: who leaves is chosen by {facts['policy']}, update per {facts['update']}, capacity {facts['capacity_real']} real and "
+        f"{facts['capacity_gen']} generated entries per class (dashed); weights of the terms {facts['lambda_real']:g} for L_real and "
+        f"{facts['lambda_gen']:g} for L_gen. Terms are drawn smoothed like the loss."
+    )
+
+
+def _settings(config: ReportConfig, inputs: Inputs) -> dict[str, list[Setting]]:
+    """The configuration of every stage whose artifact is at hand, equal ones once."""
+    sections: list[tuple[str, type[Section], Mapping[str, Any]]] = [
+        ("prepare", PrepareConfig, inputs.images.manifest.config),
+        ("finetune", FinetuneConfig, inputs.denoiser.manifest.config),
+        ("sample", SampleConfig, inputs.distilled.manifest.config),
+    ]
+    if inputs.untuned.manifest.config != inputs.distilled.manifest.config:
+        sections.append(("sample, untuned", SampleConfig, inputs.untuned.manifest.config))
+    distinct = {json.dumps(artifact.manifest.config, sort_keys=True): artifact.manifest.config for artifact in inputs.scores}
+    for number, values in enumerate(distinct.values(), start=1):
+        sections.append(("evaluate" if len(distinct) == 1 else f"evaluate, {number} of {len(distinct)}", EvaluateConfig, values))
+    sections.append(("report", ReportConfig, config.model_dump(mode="json")))
+    return {title: _described(kind, values) for title, kind, values in sections}
+
+
+def _described(kind: type[Section], values: Mapping[str, Any]) -> list[Setting]:
+    descriptions = {name: field.description or "" for name, field in kind.model_fields.items()}
+    return [Setting(name, json.dumps(values[name], ensure_ascii=False), descriptions.get(name, "")) for name in sorted(values)]
+
+
+def _digests(inputs: Inputs) -> list[tuple[str, str]]:
+    """Every input, then what those were made from, each digest once."""
+    found = {artifact.digest: name for name, artifact in inputs.named().items()}
+    for name, artifact in inputs.named().items():
+        for origin, digest in sorted(artifact.manifest.inputs.items()):
+            found.setdefault(digest, f"{origin} (input of {name})")
+    return [(name, digest) for digest, name in found.items()]

@@ -1,0 +1,120 @@
+"""What the training loops of two stages share: draws that depend on (seed, step) alone, averaged weights, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffstill.artifacts import Array
+
+
+def set_threads(threads: int) -> None:
+    """Compute on `threads` CPU threads with deterministic kernels: equal thread counts give equal bytes."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator that is a pure function of `key` (non-negative integers)."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator().manual_seed(int(seed))
+
+
+@lru_cache(maxsize=4096)
+def _order(images: int, seed: int, epoch: int, part: int) -> Array:
+    return np.random.default_rng((seed, epoch, part)).permutation(images)
+
+
+def _stream(images: int, seed: int, start: int, count: int, part: int = 0) -> Array:
+    """Positions `start` to `start + count` of an endless stream of shuffled epochs over `images` images."""
+    places = np.arange(start, start + count)
+    return np.array([_order(images, seed, int(place // images), part)[place % images] for place in places])
+
+
+def batch_indices(images: int, seed: int, step: int, batch_size: int) -> Tensor:
+    """Which images form the batch of `step`: (batch_size,) int64, each image once per epoch."""
+    return torch.from_numpy(_stream(images, seed, step * batch_size, batch_size))
+
+
+def balanced_indices(members: Sequence[Array], seed: int, step: int, batch_size: int) -> Tensor:
+    """The same, with batch_size / classes images of every class; `members` holds each class's image numbers."""
+    share = batch_size // len(members)
+    parts = [own[_stream(len(own), seed, step * share, share, part)] for part, own in enumerate(members)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Warmed-up decay of averaged weights: min(decay, (1 + step) / (10 + step)), `step` from 0."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Training:
+    """Weights under AdamW with a running average, and everything that a checkpoint must keep of them."""
+
+    def __init__(self, weights: Sequence[Tensor], learning_rate: float, ema_decay: float, weight_decay: float = 0.0) -> None:
+        self.weights, self.ema_decay = list(weights), ema_decay
+        self.average = [weight.detach().clone() for weight in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=weight_decay)
+        self.done = 0
+
+    def advance(self, loss: Tensor, learning_rate: float | None = None) -> None:
+        """One optimiser step down `loss`, at another learning rate if one is given; then the average follows."""
+        if learning_rate is not None:
+            self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], 1 - ema_decay(self.done, self.ema_decay))
+        self.done += 1
+
+    @torch.no_grad()
+    def adopt_average(self) -> None:
+        """Replace the weights by their average."""
+        torch._foreach_copy_(self.weights, self.average)
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Groups of tensors for `pack`; `load` is the inverse."""
+        groups = {"weights": _numbered(self.weights), "average": _numbered(self.average), "optimizer": _optimizer_state(self.optimizer)}
+        return {**groups, "training": {"done": torch.tensor(self.done)}}
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Array]) -> None:
+        """Take back what `state` gave, from packed arrays."""
+        for own, group in ((self.weights, "weights"), (self.average, "average")):
+            values = unpack(saved, group)
+            for number, tensor in enumerate(own):
+                tensor.copy_(values[str(number)])
+        _load_optimizer_state(self.optimizer, unpack(saved, "optimizer"))
+        self.done = int(unpack(saved, "training")["done"])
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by `<parameter number>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, own in state.items() for name, value in own.items()}
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Array]:
+    """Groups of named tensors as one flat mapping of arrays, `<group>/<name>`; inverse: `unpack`."""
+    return {f"{group}/{name}": tensor.detach().cpu().numpy() for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def unpack(arrays: Mapping[str, Array], group: str) -> dict[str, Tensor]:
+    """The tensors of one group of `pack`."""
+    return {name.removeprefix(f"{group}/"): torch.from_numpy(array) for name, array in arrays.items() if name.startswith(f"{group}/")}
+
+
+def _numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {str(number): tensor for number, tensor in enumerate(tensors)}

@@ -1,0 +1,631 @@
+"""Sources, splits and decoding, against small real files."""
+
+import gzip
+import hashlib
+import struct
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from diffstill.config import PrepareConfig
+from diffstill.datasets import FASHION_CLASSES, FASHION_DIGESTS, FASHION_FOLDER, SPLITS, Dataset, decode, divide, fashion_mnist, load, read_idx
+from diffstill.errors import DiffstillError
+
+LIMIT = 10_000
+
+
+def folder_config(root: Path, **knobs) -> PrepareConfig:
+    return PrepareConfig(**({"source": "folder", "location": str(root), "side": 8, "channels": None} | knobs))
+
+
+def plain(path: Path, value: int = 0, size: tuple[int, int] = (8, 8), mode: str = "L") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, 0, 255 - value)).save(path)
+    return path
+
+
+def tree(root: Path, counts: dict[str, int], split: str = "train", start: int = 0) -> Path:
+    """`counts` images per class, each of its own grey value from `start` on."""
+    for number, (name, count) in enumerate(sorted(counts.items())):
+        for i in range(count):
+            plain(root / split / name / f"{i:03d}.png", start + number * 20 + i)
+    return root
+
+
+def values(dataset: Dataset, split: str) -> list[int]:
+    """The grey value of each (plain) image of a split."""
+    return [int(value) for value in dataset.splits[split].pixels[:, 0, 0, 0]]
+
+
+def noise(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, shape, np.uint8)
+
+
+# --- digits ------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_scaled_and_split_by_class():
+    dataset = load(PrepareConfig())
+    assert dataset.classes == tuple("0123456789")
+    counts, raw = dataset.counts(), load_digits()
+    for label, total in Counter(raw.target.tolist()).items():
+        test = round(0.2 * total)
+        val = round(0.1 * (total - test))
+        assert [counts[split][str(label)] for split in SPLITS] == [total - test - val, val, test]
+    first = dataset.splits["train"]
+    assert first.pixels.dtype == np.uint8
+    assert first.labels.dtype == np.int64
+    assert first.pixels.shape[1:] == (1, 8, 8)
+    got = sorted(pixels.tobytes() for split in dataset.splits.values() for pixels in split.pixels)
+    assert got == sorted(np.floor(image * 255 / 16 + 0.5).astype(np.uint8).tobytes() for image in raw.images)
+
+
+def test_digits_split_follows_the_seed():
+    one, same, other = (load(PrepareConfig(seed=seed)).splits["test"].pixels for seed in (3, 3, 4))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_subset_of_classes_keeps_its_order_and_its_splits():
+    whole, some = load(PrepareConfig()), load(PrepareConfig(classes=("7", "2")))
+    assert some.classes == ("7", "2")
+    for name in SPLITS:
+        for label, native in enumerate((7, 2)):
+            left, right = some.splits[name], whole.splits[name]
+            assert np.array_equal(left.pixels[left.labels == label], right.pixels[right.labels == native])
+
+
+def test_digits_in_colour_are_replicated_and_other_sides_resized():
+    grey, colour = load(PrepareConfig(side=12)), load(PrepareConfig(side=12, channels=3))
+    assert grey.splits["val"].pixels.shape[1:] == (1, 12, 12)
+    assert colour.channels == 3
+    assert np.array_equal(colour.splits["val"].pixels, np.repeat(grey.splits["val"].pixels, 3, axis=1))
+    assert load(PrepareConfig(channels=None)).channels == 1
+
+
+def test_no_fraction_leaves_the_split_empty():
+    dataset = load(PrepareConfig(test_fraction=0.0, val_fraction=0.0))
+    assert [len(dataset.splits[name].labels) for name in SPLITS] == [1797, 0, 0]
+    assert dataset.division == "test is empty (fraction 0); val is empty (fraction 0)"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"classes": ("1", "x", "y")}, r"`prepare.classes` names 'x', 'y', unknown to digits; known are '0', '1'"),
+        ({"classes": ("1", "2", "1")}, r"names '1' more than once"),
+        ({"classes": ("1",)}, r"only the class '1'.*at least two; name more in `prepare.classes`"),
+        ({"classes": ()}, r"has no class to work with"),
+        ({"location": "somewhere"}, r"'somewhere', but the digits lie inside scikit-learn; set it to null"),
+        ({"source": "folder", "location": "s3://bucket/x"}, r"'s3://bucket/x': source folder does not support s3:// yet"),
+        ({"source": "fashion-mnist", "location": "s3://bucket/x"}, r"source fashion-mnist does not support s3:// yet"),
+        ({"source": "folder", "location": "https://host/x"}, r"source folder does not support https:// yet"),
+        ({"source": "folder"}, r"`prepare.location` is null.*train/<class>/<image>"),
+    ],
+)
+def test_knobs_that_cannot_work_are_refused(knobs, message):
+    with pytest.raises(DiffstillError, match=message):
+        load(PrepareConfig(**knobs))
+
+
+# --- splits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fractions", [(0.2, 0.1), (0.001, 0.001), (0.99, 0.99), (0.5, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("count", [3, 4, 11, 200])
+def test_every_class_is_in_every_wanted_split(fractions, count):
+    config = PrepareConfig(test_fraction=fractions[0], val_fraction=fractions[1], seed=1)
+    labels = np.repeat(np.arange(3), count)
+    assigned = divide(labels, np.full(3 * count, "train"), ["a", "b", "c"], (), config)
+    for label in range(3):
+        sizes = Counter(assigned[labels == label].tolist())
+        assert sizes["train"] >= 1
+        assert (sizes["test"] >= 1) == (fractions[0] > 0)
+        assert (sizes["val"] >= 1) == (fractions[1] > 0)
+        assert abs(sizes["test"] - fractions[0] * count) <= 2
+
+
+def test_brought_splits_stay_as_they_are():
+    origin = np.array(["train"] * 6 + ["test"] * 4)
+    labels = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1])
+    assigned = divide(labels, origin, ["a", "b"], ("test",), PrepareConfig())
+    assert assigned[6:].tolist() == ["test"] * 4
+    assert sorted(assigned[:3]) == sorted(assigned[3:6]) == ["train", "train", "val"]
+
+
+# --- fashion-mnist -----------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def small_fashion(tmp_path) -> tuple[Path, dict[str, str], dict[str, np.ndarray]]:
+    """A folder of four true IDX files, their digests and their arrays."""
+    shapes = {"train-images": (60, 28, 28), "train-labels": (60,), "t10k-images": (20, 28, 28), "t10k-labels": (20,)}
+    arrays = {name: noise(shape) if len(shape) == 3 else np.arange(*shape) % 10 for name, shape in shapes.items()}
+    files = dict(zip(FASHION_DIGESTS, arrays, strict=True))
+    where = tmp_path / "fashion"
+    where.mkdir()
+    for file, name in files.items():
+        (where / file).write_bytes(gzip.compress(idx(arrays[name])))
+    return where, {file: hashlib.sha256(idx(arrays[name])).hexdigest() for file, name in files.items()}, arrays
+
+
+def test_fashion_keeps_its_own_test_split(small_fashion):
+    where, digests, arrays = small_fashion
+    dataset = fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
+    assert dataset.classes == FASHION_CLASSES
+    assert np.array_equal(dataset.splits["test"].pixels[:, 0], arrays["t10k-images"])
+    assert np.array_equal(dataset.splits["test"].labels, arrays["t10k-labels"])
+    assert set(dataset.counts()["train"].values()) == {5}
+    assert set(dataset.counts()["val"].values()) == {1}
+    given = {image.tobytes(): label for image, label in zip(arrays["train-images"], arrays["train-labels"], strict=True)}
+    got = {
+        pixels.tobytes(): label
+        for split in (dataset.splits["train"], dataset.splits["val"])
+        for pixels, label in zip(split.pixels, split.labels, strict=True)
+    }
+    assert got == given
+    assert dataset.division.startswith("test is the test split that comes with the data; val is a share of 0.1 of each class of the training images,")
+
+
+def test_fashion_other_side_and_subset(small_fashion):
+    where, digests, _ = small_fashion
+    config = PrepareConfig(source="fashion-mnist", location=str(where), side=32, classes=("bag", "coat"), channels=3)
+    dataset = fashion_mnist(config, digests=digests)
+    assert dataset.counts() == {"train": {"bag": 5, "coat": 5}, "val": {"bag": 1, "coat": 1}, "test": {"bag": 2, "coat": 2}}
+    assert dataset.splits["test"].pixels.shape == (4, 3, 32, 32)
+
+
+def test_fashion_refuses_other_content_by_name_and_digests(small_fashion):
+    where, digests, _ = small_fashion
+    name = "t10k-labels-idx1-ubyte.gz"
+    with pytest.raises(DiffstillError, match=f"train-images.*SHA-256 {digests['train-images-idx3-ubyte.gz']}, expected c59f468a"):
+        load(PrepareConfig(source="fashion-mnist", location=str(where)))
+    with pytest.raises(DiffstillError, match=f"{name}.* has SHA-256 {digests[name]}, expected 0402a96d"):
+        read_idx(where / name, FASHION_DIGESTS[name])
+
+
+@pytest.mark.parametrize("damage", ["cut", "page", "garbled"])
+def test_fashion_refuses_a_damaged_gzip_file(small_fashion, damage):
+    where, digests, _ = small_fashion
+    path = where / "train-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-9], "page": b"<html>", "garbled": data[:20] + b"\xff" * 20 + data[40:]}[damage])
+    with pytest.raises(DiffstillError, match=r"train-images-idx3-ubyte.gz: not a whole gzip file"):
+        fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
+
+
+def test_fashion_missing_files_say_how_to_get_them(small_fashion):
+    where, digests, _ = small_fashion
+    (where / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(
+        DiffstillError, match=r"lacks t10k-labels-idx1-ubyte.gz; install the Debian package dataset-fashion-mnist, or set `prepare.location`"
+    ):
+        fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Serves a folder; fails the first request with 503; claims gzip encoding, as some servers do for .gz files."""
+
+    def __init__(self, *args, where: Path, seen: list[str]):
+        self.where, self.seen = where, seen
+        super().__init__(*args)
+
+    def do_GET(self):
+        self.seen.append(self.path)
+        path = self.where / Path(self.path).name
+        if len(self.seen) == 1 or not path.is_file():
+            self.send_error(503 if len(self.seen) == 1 else 404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.end_headers()
+        self.wfile.write(path.read_bytes())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(small_fashion, tmp_path, monkeypatch) -> Iterator[tuple[str, list[str]]]:
+    """A URL prefix with the four files, and the paths asked for."""
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    seen: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, where=small_fashion[0], seen=seen))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/data/", seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_fashion_downloads_once_into_the_cache(small_fashion, served, tmp_path):
+    (where, digests, _), (url, seen) = small_fashion, served
+    config = PrepareConfig(source="fashion-mnist", location=url, side=28)
+    first = fashion_mnist(config, digests=digests)
+    assert seen == [f"/data/{name}" for name in [next(iter(digests)), *digests]]  # the first was answered 503 and asked for again
+    second = fashion_mnist(config, digests=digests)
+    assert len(seen) == 5
+    local = fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
+    for name in SPLITS:
+        assert np.array_equal(first.splits[name].pixels, local.splits[name].pixels)
+        assert np.array_equal(second.splits[name].pixels, local.splits[name].pixels)
+    assert sorted(path.name for path in (tmp_path / "cache/fashion-mnist").iterdir()) == sorted(digests)
+
+
+def test_fashion_download_failures_leave_no_file_behind(small_fashion, served, tmp_path):
+    (where, digests, _), (url, _) = small_fashion, served
+    config = PrepareConfig(source="fashion-mnist", location=url)
+    with pytest.raises(DiffstillError, match=r"^http://.*/data/train-images-idx3-ubyte.gz: its decompressed content has SHA-256 \w+, expected c59f"):
+        fashion_mnist(config)
+    (where / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(DiffstillError, match=r"train-images-idx3-ubyte.gz: cannot be downloaded \(404.*check `prepare.location`"):
+        fashion_mnist(config, digests=digests)
+    assert list((tmp_path / "cache/fashion-mnist").iterdir()) == []
+
+
+@pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason=f"{FASHION_FOLDER} is not there; install the Debian package dataset-fashion-mnist")
+def test_the_real_fashion_mnist():
+    dataset = load(PrepareConfig(source="fashion-mnist", side=28))
+    assert dataset.counts() == {name: dict.fromkeys(FASHION_CLASSES, n) for name, n in (("train", 5400), ("val", 600), ("test", 1000))}
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_folder_without_other_splits_is_cut_by_class(tmp_path):
+    dataset = load(folder_config(tree(tmp_path, {"cat": 15, "ant": 10}), seed=2))
+    assert dataset.classes == ("ant", "cat")
+    assert dataset.counts() == {"train": {"ant": 7, "cat": 11}, "val": {"ant": 1, "cat": 1}, "test": {"ant": 2, "cat": 3}}
+    everything = [value for name in SPLITS for value in values(dataset, name)]
+    assert sorted(everything) == [*range(10), *range(20, 35)]  # none lost, none twice
+    assert all((value >= 20) == label for name in SPLITS for value, label in zip(values(dataset, name), dataset.splits[name].labels, strict=True))
+    assert dataset.division == (
+        "test is a share of 0.2 of each class of the training images, drawn with seed 2; "
+        "val is a share of 0.1 of each class of the training images that is left, drawn with seed 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("beside", "test", "val", "words"),
+    [
+        (("test",), "test", None, "test is the folder test/; val is a share of 0.1"),
+        (("val",), "val", None, "test is the folder val/; val is a share of 0.1"),
+        (("test", "val"), "test", "val", "test is the folder test/; val is the folder val/"),
+    ],
+)
+def test_folder_with_splits_of_its_own(tmp_path, beside, test, val, words):
+    tree(tmp_path, {"a": 5, "b": 5})
+    for number, split in enumerate(beside, 1):
+        tree(tmp_path, {"a": 2, "b": 2}, split, start=100 * number)
+    contents = {split: [100 * number + i for i in (0, 1, 20, 21)] for number, split in enumerate(beside, 1)}
+    dataset = load(folder_config(tmp_path))
+    assert values(dataset, "test") == contents[test]
+    if val:
+        assert values(dataset, "val") == contents[val]
+        assert values(dataset, "train") == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
+    else:
+        assert dataset.counts()["val"] == {"a": 1, "b": 1}
+        assert sorted(values(dataset, "train") + values(dataset, "val")) == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
+    assert dataset.division.startswith(words)
+
+
+def test_folder_subset_and_other_files(tmp_path):
+    tree(tmp_path, {"a": 3, "b": 3, "c": 3})
+    (tmp_path / "train/a/notes.txt").write_text("not an image")
+    (tmp_path / "train/README").write_text("about")
+    (tmp_path / "train/a/.hidden.png").write_text("not an image either")
+    (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "train/b/000.png").rename(tmp_path / "train/b/000.PNG")
+    (tmp_path / "train/b/junk.txt").write_text("of a class that is left out")
+    dataset = load(folder_config(tmp_path, classes=("c", "a")))
+    assert dataset.classes == ("c", "a")
+    assert dataset.ignored == 2
+    assert load(folder_config(tmp_path)).counts()["train"] == {"a": 1, "b": 1, "c": 1}
+
+
+def test_folder_is_grey_only_if_every_readable_image_is(tmp_path):
+    tree(tmp_path, {"a": 4, "b": 4})
+    assert load(folder_config(tmp_path)).channels == 1
+    bad = plain(tmp_path / "train/b/bad.png", 9, mode="RGB")
+    bad.write_bytes(bad.read_bytes()[:45])
+    assert load(folder_config(tmp_path, max_bad_fraction=0.2)).channels == 1
+    plain(bad, 9, mode="RGB")
+    mixed, grey = load(folder_config(tmp_path)), load(folder_config(tmp_path, channels=1))
+    assert mixed.channels == 3
+    assert load(folder_config(tmp_path, channels=3)).channels == 3
+    coloured = {tuple(image[:, 0, 0]) for split in mixed.splits.values() for image in split.pixels}
+    assert coloured == {(value,) * 3 for value in [*range(4), *range(20, 24)]} | {(9, 0, 246)}
+    assert grey.splits["train"].pixels.shape[1] == 1
+
+
+def test_unreadable_files_are_listed_up_to_the_tolerated_share(tmp_path):
+    tree(tmp_path, {"a": 8, "b": 8})
+    (tmp_path / "train/a/text.png").write_text("no image")
+    (tmp_path / "train/b/empty.jpg").touch()
+    (tmp_path / "train/b/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    huge = tmp_path / "train/b/huge.png"
+    huge.write_bytes(png_header(100_000, 100_000))
+    dataset = load(folder_config(tmp_path, max_bad_fraction=0.2))
+    assert {bad.file: bad.reason for bad in dataset.rejected} == {
+        "train/a/text.png": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)",
+        "train/b/empty.jpg": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)",
+        "train/b/gone.jpg": "No such file or directory",
+        "train/b/huge.png": "has 100000 x 100000 pixels, above `prepare.max_pixels` 50000000",
+    }
+    assert sum(len(split.labels) for split in dataset.splits.values()) == 16
+    message = (
+        r"4 of 20 image files cannot be used, above `prepare.max_bad_fraction` 0.19 \(train/a/text.png: not a readable.*; remove these files or raise"
+    )
+    with pytest.raises(DiffstillError, match=message):
+        load(folder_config(tmp_path, max_bad_fraction=0.19))
+
+
+def test_long_lists_of_bad_files_are_shortened(tmp_path):
+    for i in range(7):
+        (tree(tmp_path, {"a": 3, "b": 3}) / f"train/a/bad{i}.png").touch()
+    with pytest.raises(DiffstillError, match=r"7 of 13 .*bad4.png: [^;]*; and 2 more\)"):
+        load(folder_config(tmp_path))
+
+
+def empty_class(root: Path) -> None:
+    (root / "train/b/x").parent.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: (root / "x.png").touch(), r"has no folder train/; it holds no folder at all; expected <location>/train/<class>/<image>"),
+        (lambda root: tree(root, {"a": 3, "b": 3}, "."), r"has no folder train/; it holds 'a', 'b' instead \(class folders belong inside train/\)"),
+        (lambda root: (root / "train").mkdir(), r"train has no class to work with"),
+        (lambda root: tree(root, {"a": 3}), r"train has only the class 'a' to work with, but telling classes apart takes at least two"),
+        (lambda root: tree(root, {"a": 3}) and empty_class(root), r"train/b: class 'b' has no image there \(suffixes .bmp"),
+        (
+            lambda root: tree(root, {"a": 3, "b": 1}),
+            r"class 'b' has 1 readable training image, but 3 are needed, at least one each for train, test, val; add",
+        ),
+        (lambda root: tree(tree(root, {"a": 3, "b": 3}), {"a": 3}, "test"), r"class 'b' is in train/ but not in test/"),
+        (lambda root: tree(tree(root, {"a": 3, "b": 3}), {"a": 3, "b": 3, "c": 1}, "val"), r"class 'c' is in val/ but not in train/"),
+        (lambda root: plain(tree(root, {"a": 3, "b": 3}) / "train/b/more/x.png"), r"train/b: holds the folder 'more', but images must lie directly"),
+    ],
+)
+def test_folders_that_cannot_work_are_refused(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(DiffstillError, match=message):
+        load(folder_config(tmp_path))
+
+
+def test_a_missing_location_is_refused(tmp_path):
+    with pytest.raises(DiffstillError, match=r"nowhere: is no folder, but `prepare.location` names it"):
+        load(folder_config(tmp_path / "nowhere"))
+
+
+def test_unknown_classes_are_refused_with_a_shortened_list(tmp_path):
+    tree(tmp_path, {f"class{i:02d}": 1 for i in range(25)})
+    with pytest.raises(DiffstillError, match=r"names 'dog', unknown to .*train; known are 'class00', .*'class19' and 5 more$"):
+        load(folder_config(tmp_path, classes=("class01", "dog")))
+
+
+def test_classes_emptied_by_bad_files_are_refused(tmp_path):
+    tree(tree(tmp_path, {"a": 4, "b": 4}), {"a": 1}, "test")
+    (tmp_path / "test/b").mkdir()
+    (tmp_path / "test/b/x.png").touch()
+    with pytest.raises(DiffstillError, match=r"class 'b' has no readable image for test"):
+        load(folder_config(tmp_path, max_bad_fraction=0.5))
+
+
+# --- one image ---------------------------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims that size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def decoded(image: Image.Image, path: Path, side: int, **options) -> Image.Image:
+    image.save(path, **options)
+    return decode(path, side, LIMIT)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "jpg"])
+def test_images_of_the_right_size_are_kept_as_they_are(tmp_path, suffix):
+    source = Image.fromarray(noise((9, 9)))
+    image = decoded(source, tmp_path / f"x.{suffix}", 9)
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / f"x.{suffix}")))
+    if suffix != "jpg":
+        assert np.array_equal(np.asarray(image), np.asarray(source))
+
+
+def test_colour_keeps_its_channels(tmp_path):
+    pixels = noise((9, 9, 3))
+    assert np.array_equal(np.asarray(decoded(Image.fromarray(pixels), tmp_path / "x.webp", 9, lossless=True)), pixels)
+
+
+@pytest.mark.parametrize(("height", "width", "rows", "columns"), [(8, 13, slice(0, 8), slice(2, 10)), (12, 8, slice(2, 10), slice(0, 8))])
+def test_the_centre_is_cut_out(tmp_path, height, width, rows, columns):
+    pixels = noise((height, width))
+    assert np.array_equal(np.asarray(decoded(Image.fromarray(pixels), tmp_path / "x.png", 8)), pixels[rows, columns])
+
+
+def test_shrinking_averages_rather_than_skips(tmp_path):
+    checkers = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = np.asarray(decoded(Image.fromarray(checkers), tmp_path / "x.png", 8))
+    assert np.all(np.abs(small.astype(int) - 127) <= 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    upright = np.zeros((16, 16), np.uint8)
+    upright[:8, :8], upright[:8, 8:] = 200, 100  # two corners suffice to tell all eight positions apart
+    stored = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).T,
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    image = decoded(Image.fromarray(np.ascontiguousarray(stored)), path, 16, exif=exif)
+    assert np.abs(np.asarray(image.convert("L")).astype(int) - upright).max() <= 4
+
+
+def test_palettes_become_colour(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 250, 10, 60])
+    assert decoded(image, tmp_path / "x.png", 8).getcolors() == [(64, (250, 10, 60))]
+
+
+def test_transparent_palettes_are_laid_on_white(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 250, 10, 60])
+    image.putpixel((0, 0), 0)
+    got = decoded(image, tmp_path / "x.png", 8, transparency=0)
+    assert got.getpixel((0, 0)) == (255, 255, 255)
+    assert got.getpixel((1, 0)) == (250, 10, 60)
+
+
+def test_cmyk_becomes_colour(tmp_path):
+    image = decoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "x.jpg", 16, quality=100)
+    red, green, blue = image.getpixel((8, 8))
+    assert image.mode == "RGB"
+    assert red >= 250
+    assert max(green, blue) <= 5
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    pixels = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    image = decoded(Image.fromarray(pixels), tmp_path / f"x.{suffix}", 8)
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), np.rint(pixels / 257).astype(np.uint8))
+
+
+def test_1_bit_is_black_and_white(tmp_path):
+    bits = noise((8, 8)) > 127
+    image = decoded(Image.fromarray(bits), tmp_path / "x.png", 8)
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), bits * 255)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    colour = decoded(Image.new("RGBA", (8, 8), (0, 100, 200, 51)), tmp_path / "c.png", 8)
+    assert colour.getcolors() == [(64, (204, 224, 244))]  # 255 + (value - 255) / 5
+    grey = decoded(Image.new("LA", (8, 8), (0, 51)), tmp_path / "g.png", 8)
+    assert (grey.mode, grey.getcolors()) == ("L", [(64, 204)])
+    keyed = decoded(Image.new("L", (8, 8), 7), tmp_path / "k.png", 8, transparency=7)
+    assert (keyed.mode, keyed.getcolors()) == ("L", [(64, 255)])
+    deep = decoded(Image.fromarray(np.full((8, 8), 700, np.uint16)), tmp_path / "d.png", 8, transparency=700)
+    assert (deep.mode, deep.getcolors()) == ("L", [(64, 255)])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    image = decoded(frames[0], tmp_path / f"x.{suffix}", 8, save_all=True, append_images=frames[1:])
+    red, _, blue = image.getpixel((4, 4))
+    assert (red > 240, blue < 15) == (True, True)
+
+
+def test_formats_go_by_content_not_by_suffix(tmp_path):
+    Image.new("L", (8, 8), 9).save(tmp_path / "x.jpg", format="PNG")
+    assert decode(tmp_path / "x.jpg", 8, LIMIT).getcolors() == [(64, 9)]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "webp", "tiff"])
+def test_truncated_files_are_bad(tmp_path, suffix):
+    path = tmp_path / f"train/a/x.{suffix}"
+    tree(tmp_path, {"a": 3, "b": 3})
+    Image.fromarray(noise((64, 64, 3))).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (bad,) = load(folder_config(tmp_path, max_bad_fraction=0.5)).rejected
+    assert bad.file == f"train/a/x.{suffix}"
+    assert str(tmp_path) not in bad.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_single_broken_byte_is_either_read_or_rejected(tmp_path):
+    tree(tmp_path, {"a": 3, "b": 3})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rng = np.random.default_rng(0)
+    for suffix in ("jpg", "png", "gif", "webp", "tiff", "bmp"):
+        good = tmp_path / f"good.{suffix}"
+        Image.fromarray(noise((12, 12, 3))).save(good, **({} if suffix in ("gif", "bmp") else {"exif": exif}))
+        data = good.read_bytes()
+        for i in range(40):
+            broken = bytearray(data)
+            broken[rng.integers(len(data)) if i % 2 else rng.integers(min(120, len(data)))] ^= 1 << int(rng.integers(8))
+            (tmp_path / f"train/a/{suffix}{i}.{suffix}").write_bytes(broken)
+    dataset = load(folder_config(tmp_path, max_bad_fraction=0.99, max_pixels=LIMIT))
+    assert sum(len(split.labels) for split in dataset.splits.values()) + len(dataset.rejected) == 6 + 6 * 40
+    assert dataset.rejected
+    assert not any(str(tmp_path) in bad.reason for bad in dataset.rejected)
+
+
+def test_the_size_limit_is_ours_both_ways(tmp_path, monkeypatch):
+    path = plain(tmp_path / "x.png", 3, (20, 10))
+    with pytest.raises(ValueError, match=r"has 20 x 10 pixels, above `prepare.max_pixels` 199"):
+        decode(path, 8, 199)
+    assert decode(path, 8, 200).size == (8, 8)
+    tree(tmp_path, {"a": 3, "b": 3})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow alone would refuse all
+    assert load(folder_config(tmp_path)).rejected == ()
+    assert Image.MAX_IMAGE_PIXELS == 4
+
+
+def test_32_bit_pixels_of_unknown_range_are_bad(tmp_path):
+    with pytest.raises(ValueError, match="mode F, whose range is unknown"):
+        decoded(Image.fromarray(np.zeros((8, 8), np.float32)), tmp_path / "x.tiff", 8)
+
+
+def test_progress_counts_every_image(tmp_path):
+    class Counting:
+        def __init__(self):
+            self.opened, self.done = [], 0
+
+        def progress(self, *opened):
+            self.opened.append(opened)
+            return self
+
+        def update(self, n=1):
+            self.done += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    tree(tmp_path, {"a": 3, "b": 4})
+    (tmp_path / "train/a/bad.png").touch()
+    for config, total in ((folder_config(tmp_path, max_bad_fraction=0.5), 8), (PrepareConfig(), 1797), (PrepareConfig(side=9), 1797)):
+        record = Counting()
+        load(config, record)
+        assert (record.opened, record.done) == ([("prepare", total, "img")], total)
