@@ -134,6 +134,11 @@ def test_every_class_is_in_every_wanted_split(fractions, count):
         assert abs(sizes["test"] - fractions[0] * count) <= 2
 
 
+def test_classes_of_one_size_are_drawn_apart():
+    assigned = divide(np.repeat([0, 1], 100), np.full(200, "train"), ["a", "b"], (), PrepareConfig())
+    assert not np.array_equal(assigned[:100], assigned[100:])
+
+
 def test_brought_splits_stay_as_they_are():
     origin = np.array(["train"] * 6 + ["test"] * 4)
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1])
@@ -342,7 +347,7 @@ def test_folder_subset_and_other_files(tmp_path):
 def test_folder_is_grey_only_if_every_readable_image_is(tmp_path):
     tree(tmp_path, {"a": 4, "b": 4})
     assert load(folder_config(tmp_path)).channels == 1
-    bad = plain(tmp_path / "train/b/bad.png", 9, mode="RGB")
+    bad = plain(tmp_path / "train/a/0.png", 9, mode="RGB")  # the first of all
     bad.write_bytes(bad.read_bytes()[:45])
     assert load(folder_config(tmp_path, max_bad_fraction=0.2)).channels == 1
     plain(bad, 9, mode="RGB")

@@ -23,6 +23,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -46,8 +47,8 @@ class PrepareConfig(Section):
     side: Annotated[int, Field(ge=8, le=1024)] = Field(8, description="pixels per side after centre crop and resize")
     channels: Literal[1, 3] | None = Field(1, description="1 = grey, 3 = colour, null = grey only if every image is grey")
     flip: bool = Field(False, description="may an image be mirrored left to right and keep its label? never for digits")
-    test_fraction: Fraction = Field(0.2, description="share of each class cut off as test, where the data bring no test split")
-    val_fraction: Fraction = Field(0.1, description="share of each class of the training split cut off as val; all choices use val")
+    test_fraction: Share = Field(0.2, description="share of each class cut off as test, where the data bring no test split")
+    val_fraction: Share = Field(0.1, description="share of each class of the training split cut off as val; all choices use val")
     seed: Seed = Field(0, description="seed of the splits")
     max_bad_fraction: Fraction = Field(0.0, description="share of unreadable files that is tolerated (they are listed); above it the stage fails")
     max_pixels: Count = Field(50_000_000, description="refuse to decode images with more pixels than this")

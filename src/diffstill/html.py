@@ -40,8 +40,8 @@ _LIGHT = {
     "full": "#1c7c54",
 }
 _THEMED = {role: f"#0000{number:02x}" for number, role in enumerate(_LIGHT, start=1)}
-_STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "diffstill", "font.size": 9.0, "font.family": "DejaVu Sans"}
-_PANEL = (5.0, 3.3)
+_STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "diffstill", "font.size": 9.5, "font.family": "DejaVu Sans"}
+_PANEL = (4.4, 3.1)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence on one comparison; `tone` picks its colour."""
+    """What one comparison says: its subject, which may be empty, and a sentence; `tone` picks the colour."""
 
     tone: Literal["gain", "loss", "unclear", "unknown"]
     text: str
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ def _draw_loss(axes: Axes, curves: Sequence[Curve], colours: Mapping[str, str]) 
         loss = curve.columns["loss"]
         window = max(1, len(loss) // 20)
         first = curve is curves[0]
-        axes.plot(curve.columns["step"], loss, color=colours["muted"], alpha=0.3, lw=0.8, label="as logged" if first else None)
+        axes.plot(curve.columns["step"], loss, color=colours["muted"], alpha=0.5, lw=0.8, label="as logged" if first else None)
         smooth = moving_average(loss, window)
         axes.plot(curve.columns["step"], smooth, color=colours["distilled"], lw=1.6, alpha=0.9, label=f"mean of {window} lines" if first else None)
     _finish(axes, colours, "Diffusion loss", "fine-tuning step", "mean squared error of the noise")
@@ -373,25 +374,27 @@ def _draw_pairs(axes: Axes, curves: Sequence[Curve], labels: Mapping[str, str], 
 
 def _finish(axes: Axes, colours: Mapping[str, str], title: str, across: str, up: str) -> None:
     """Title, labels, legend and a quiet frame, in the theme's colours. Names are shown as they are: `$` starts no formula."""
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=colours["ink"], pad=26, parse_math=False)
+    rows = _legend(axes, colours)
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=colours["ink"], pad=10 + 16 * rows, parse_math=False)
     axes.set_xlabel(across, color=colours["muted"])
     axes.set_ylabel(up, color=colours["muted"])
-    axes.tick_params(colors=colours["muted"], length=0, labelsize=8.5)
+    axes.tick_params(colors=colours["muted"], length=0, labelsize=9)
     axes.grid(axis="y", color=colours["line"], lw=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(colours["line"])
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=4,
-        frameon=False,
-        fontsize=8,
-        labelcolor=colours["ink"],
-        handlelength=1.6,
-        columnspacing=1.2,
-    )
+
+
+def _legend(axes: Axes, colours: Mapping[str, str]) -> int:
+    """A legend above the axes, at most three entries to a row; returns the number of rows."""
+    entries = len(axes.get_legend_handles_labels()[0])
+    if not entries:
+        return 0
+    columns = entries if entries <= 3 else 2
+    look = {"frameon": False, "fontsize": 8.5, "labelcolor": colours["ink"], "handlelength": 2.0, "columnspacing": 1.2, "borderpad": 0.2}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.01), borderaxespad=0.0, ncols=columns, **look).set_in_layout(False)
+    return -(-entries // columns)
 
 
 def _grid_figure(grid: Sequence[GridRow]) -> Figure:

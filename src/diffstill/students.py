@@ -175,7 +175,7 @@ def _timm_model(name: str, classes: int, channels: int, side: int) -> nn.Module:
         raise DiffstillError(
             f"student {name!r} (timm) does not take {channels}x{side}x{side} images ({reason}); use another student or a larger side"
         ) from error
-    return _without_dropout(student, timm.layers.DropPath)
+    return _without_dropout(student.train(), timm.layers.DropPath)
 
 
 def _without_dropout(student: nn.Module, drop_path: type[Any]) -> nn.Module:
@@ -405,8 +405,8 @@ def train_student(
 
 
 def _optimiser(student: nn.Module, protocol: Protocol, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    rates = {"lr": protocol.learning_rate, "momentum": protocol.momentum, "weight_decay": protocol.weight_decay}
-    optimiser = torch.optim.SGD(student.parameters(), fused=True, **rates)
+    rate, momentum, decay = protocol.learning_rate, protocol.momentum, protocol.weight_decay
+    optimiser = torch.optim.SGD(student.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=True)
     milestones = [int(fraction * steps) for fraction in protocol.milestones]
     return optimiser, torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=protocol.decay)
 

@@ -430,9 +430,7 @@ def test_swapped_folders_are_refused(made):
 def test_scores_of_another_distilled_set_are_refused(made):
     made.judge(all_lines(made))
     shutil.rmtree(made.paths["distilled"])
-    write_sampled(
-        made.paths["distilled"], "distilled", {"denoiser": read_manifest(made.paths["denoiser"], "denoiser")}, made.images, seeds=(5, 6, 7)
-    )
+    write_sampled(made.paths["distilled"], "distilled", {"denoiser": read_manifest(made.paths["denoiser"], "denoiser")}, made.images, seeds=(5, 6, 7))
     with pytest.raises(DiffstillError, match="made from another `distilled`"):
         made.report()
 

@@ -136,12 +136,22 @@ def _open(images: Path, denoiser: Path, distilled: Path, untuned: Path, scores: 
         open_artifact(untuned, "distilled"),
         sorted((open_artifact(folder, "scores") for folder in scores), key=lambda artifact: artifact.digest),
     )
-    for name, artifact in (("distilled", inputs.distilled), ("untuned", inputs.untuned)):
-        if artifact.facts["source"] != name:
-            raise DiffstillError(
-                f"{artifact.folder}: was sampled from source `{artifact.facts['source']}` where `{name}` is expected; swap the folders"
-            )
+    _refuse_strangers(inputs)
     return inputs
+
+
+def _refuse_strangers(inputs: Inputs) -> None:
+    """Both sampled sets must be what their place says, and come from the images and the denoiser that are given."""
+    for name, artifact in (("distilled", inputs.distilled), ("untuned", inputs.untuned)):
+        source, images = artifact.facts["source"], artifact.facts["images_digest"]
+        if source != name:
+            raise DiffstillError(f"{artifact.folder}: was sampled from source `{source}` where `{name}` is expected; swap the folders")
+        if images != inputs.images.digest:
+            raise DiffstillError(
+                f"{artifact.folder}: comes from images {images}, the report is given {inputs.images.digest}; pass those it came from"
+            )
+    if inputs.distilled.manifest.inputs["denoiser"] != inputs.denoiser.digest:
+        raise DiffstillError(f"{inputs.distilled.folder}: was sampled from another denoiser than {inputs.denoiser.folder}; pass the one it came from")
 
 
 def read_runs(scores: Sequence[Artifact]) -> list[Run]:
@@ -325,7 +335,7 @@ def _accuracy_csv(cells: Sequence[Cell], protocol: str) -> str:
 def _page(config: ReportConfig, inputs: Inputs, runs: Sequence[Run], cells: Sequence[Cell]) -> Page:
     denoiser = inputs.denoiser.facts
     return Page(
-        title=f"Distilled {inputs.images.facts['source']}",
+        title=_title(inputs.images.facts["source"]),
         lead=_lead(inputs),
         facts=_facts(inputs, runs),
         headline=_headline(cells),
@@ -348,6 +358,10 @@ def _images_in(inputs: Inputs, split: str) -> int:
     return sum(inputs.images.facts["counts"].get(split, {}).values())
 
 
+def _title(source: str) -> str:
+    return "Distilled images" if source == "folder" else f"Distilled {source}"
+
+
 def _lead(inputs: Inputs) -> str:
     size = inputs.distilled.facts["images_per_class"]
     return (
@@ -360,11 +374,12 @@ def _facts(inputs: Inputs, runs: Sequence[Run]) -> list[tuple[str, str]]:
     images, distilled = inputs.images.facts, inputs.distilled.facts
     classes, seeds = len(images["classes"]), len(distilled["seeds"])
     return [
-        ("Real images", f"{images['source']}, {plural(classes, 'class').replace('classs', 'classes')}"),
+        ("Real images", f"{images['source']}, {classes} classes"),
         ("Size", f"{images['side']} × {images['side']} pixels, {'grey' if images['channels'] == 1 else 'colour'}"),
         ("Train / val / test", " / ".join(plain(_images_in(inputs, split)) for split in ("train", "val", "test"))),
         ("Distilled", f"{plural(distilled['images_per_class'], 'image')} per class, {plural(seeds, 'set')}"),
         ("Sampler", f"{distilled['sampler']}, {plural(distilled['steps'], 'step')}, guidance {distilled['guidance']:g}"),
+        ("Fine-tuning", f"{inputs.denoiser.facts['trainable']}, memories: {inputs.denoiser.facts['policy']}"),
         ("Protocol", runs[0].protocol),
         ("Student runs", plain(len(runs))),
     ]
@@ -380,13 +395,11 @@ def _verdict(cell: Cell, cells: Sequence[Cell]) -> Verdict | None:
     random = _find(cells, "random", cell)
     if cell.source != "distilled" or cell.over_random is None or random is None:
         return None
-    text = (
-        f"{cell.student}, {plural(cell.images_per_class or 0, 'image')} per class: distilled {percent(cell.test.mean)} %, random real {percent(random.test.mean)} %, "
-        f"{_difference(cell.over_random)}."
-    )
+    subject = f"{cell.student}, {plural(cell.images_per_class or 0, 'image')} per class:"
+    text = f"distilled {percent(cell.test.mean)} %, random real {percent(random.test.mean)} %, {_difference(cell.over_random)}."
     if cell.over_untuned:
         text += f" Beside the untuned generator: {_difference(cell.over_untuned)}."
-    return Verdict(cell.over_random.verdict, text)
+    return Verdict(cell.over_random.verdict, text, subject)
 
 
 def _difference(over: Gain) -> str:
@@ -402,7 +415,7 @@ def _headline(cells: Sequence[Cell]) -> Verdict:
         return Verdict("unknown", "These scores hold no distilled runs beside random real ones of the same size, so there is no verdict.")
     text = f"Distilled images {_compared(over_random, 'as many random real images')}."
     if over_untuned:
-        text += f" They {_compared(over_untuned, 'those of the untuned generator')}."
+        text += f" They {_compared(over_untuned, 'images of the untuned generator')}."
     outcomes = set(over_random)
     return Verdict(over_random[0] if len(outcomes) == 1 else "unclear", text)
 
@@ -410,13 +423,13 @@ def _headline(cells: Sequence[Cell]) -> Verdict:
 def _compared(outcomes: Sequence[str], other: str) -> str:
     """`beat X in 2 of 3 comparisons, lose in 1`, in plain words."""
     gains, losses, all_of = outcomes.count("gain"), outcomes.count("loss"), len(outcomes)
-    place = "the one comparison" if all_of == 1 else f"all {all_of} comparisons"
+    place = {1: "the one comparison", 2: "both comparisons"}.get(all_of, f"all {all_of} comparisons")
     if gains == all_of:
         return f"beat {other} in {place}"
     if losses == all_of:
         return f"do worse than {other} in {place}"
     if not gains and not losses:
-        return f"are not shown to differ from {other} in {'the one comparison' if all_of == 1 else f'any of {all_of} comparisons'}"
+        return f"are not shown to differ from {other} in {place.replace('all', 'any of')}"
     parts = [f"beat {other} in {gains}" if gains else f"do worse than {other} in {losses}", f"of {all_of} comparisons"]
     rest = all_of - gains - losses
     more = [f"do worse in {losses}"] * bool(gains and losses) + [f"show no difference in {rest}"] * bool(rest)
@@ -514,10 +527,9 @@ def _sampled(distilled: Artifact, name: str, count: int) -> npt.NDArray[np.uint8
 
 
 def _grid_caption(inputs: Inputs) -> str:
-    return (
-        f"The first training images of each class, and the first images of generation seed {inputs.untuned.facts['seeds'][0]} (untuned) and "
-        f"{inputs.distilled.facts['seeds'][0]} (distilled). None was picked by eye."
-    )
+    untuned, distilled = inputs.untuned.facts["seeds"][0], inputs.distilled.facts["seeds"][0]
+    seed = f"generation seed {distilled}" if untuned == distilled else f"generation seeds {untuned} (untuned) and {distilled} (distilled)"
+    return f"The first training images of each class beside the first images of {seed}. None was picked by eye."
 
 
 def _curve(denoiser: Artifact, seed: int) -> Curve:

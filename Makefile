@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## virtual environment in .venv with the pinned packages
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,dev]'
+	$(BIN)/pip check
+	touch $@
+
+demo: setup  ## the whole chain on the embedded digits, in build/demo
+	@mkdir -p $(DEMO)
+	@cp dvc.yaml params.yaml $(DEMO)/
+	@ln -sfn ../../src $(DEMO)/src
+	@cd $(DEMO) && PATH="$(CURDIR)/$(BIN):$$PATH" && export PATH && { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.analytics false && dvc repro && diffstill summary
+
+test: setup  ## all tests that need no service of their own
+	$(BIN)/python -m pytest -n 2
+
+check: setup  ## format, lint, types, layers, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell src tests docs benchmarks README.md CHANGELOG.md Makefile dvc.yaml
+
+ui: setup  ## browse the demo's runs in MLflow
+	cd $(DEMO) && $(CURDIR)/$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+clean:  ## remove the demo and all caches, keep the environment
+	rm -rf build .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help setup demo test check ui clean

@@ -1,0 +1,228 @@
+"""The command line: `diffstill <stage>`, `run`, `show`, `preset`, `summary`, `doctor`. It takes paths; knobs live in params.yaml."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from diffstill import __version__
+from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, render_params
+from diffstill.errors import DiffstillError
+
+SUMMARIES = {
+    "prepare": "Read, check, crop and split the real images.",
+    "pretrain": "Train a small generator on the training split, or take over a DiTPipeline folder.",
+    "encode": "Encode the real images into latents, once.",
+    "finetune": "Fine-tune the generator with the two memories: the method.",
+    "sample": "Draw the distilled images (without --denoiser: those of the untuned generator).",
+    "evaluate": "Train students on a distilled set (without --distilled: on real baselines).",
+    "report": "Gather all scores into numbers, figures and one page.",
+}
+PATHS = {
+    "images": "real images, from `prepare`",
+    "generator": "autoencoder and transformer, from `pretrain`",
+    "latents": "latents of the real images, from `encode`",
+    "denoiser": "fine-tuned weights, from `finetune`",
+    "distilled": "distilled images, from `sample`",
+    "untuned": "images of the untuned generator, from `sample` without --denoiser",
+    "scores": "student runs, from `evaluate`",
+    "report": "tables, figures and the page, from `report`",
+}
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class _Group(click.Group):
+    """Prints a user's error as one message, exit code 2; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DiffstillError as error:
+            raise _Refusal(str(error)) from error
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise _Refusal(f"{error.filename}: {error.strerror}; choose another folder or mend its permissions") from error
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:  # noqa: ARG002  (click's signature)
+        click.echo(f"error: {self.message}", err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+@click.version_option(__version__, prog_name="diffstill")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors; no progress bars.")
+def main(verbose: bool, quiet: bool) -> None:
+    """Distil a labelled image set into a tiny synthetic one, and judge it.
+
+    Start with `diffstill preset digits` and `diffstill run`.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("diffstill").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+def _params_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
+    )(command)
+
+
+def _device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")(command)
+
+
+def _resolve_device(device: str) -> str:
+    """The torch device of that name, checked."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError as error:
+        raise DiffstillError(f"--device {device!r} is not a device; use cpu, cuda, cuda:<n> or auto") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and index >= torch.cuda.device_count()):
+        raise DiffstillError(f"--device {device!r} is not here ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
+    return device
+
+
+def _stage_command(name: str) -> click.Command:
+    """A subcommand from a stage's interface; its help lists the stage's knobs."""
+    from diffstill.run import STAGES
+
+    stage = STAGES[name]
+    options: list[click.Parameter] = [click.Option([f"--{given}"], type=FOLDER, required=True, help=PATHS[given]) for given in stage.inputs]
+    options += [click.Option([f"--{given}"], type=FOLDER, help=f"{PATHS[given]} (optional)") for given in stage.optional]
+    options += [click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell") for given in stage.many]
+    options += [click.Option([f"--{given}"], help=f"only this {given} of params.yaml") for given in stage.options]
+    options.append(click.Option([f"--{stage.output}"], type=FOLDER, required=True, help=f"output folder: {PATHS[stage.output]}"))
+    options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
+
+    def callback(params_path: Path, step: str, device: str = "auto", **given: Any) -> None:
+        from diffstill.run import run_stage, score_names
+
+        params = load_params(params_path)
+        if stage.many:
+            given["scores"] = [given["scores"].parent / score for score in _under(given["scores"].name, score_names(params.evaluate.students))]
+        options = {option: given.pop(option) for option in stage.options}
+        run_stage(name, params, given, step=step, device=_resolve_device(device) if stage.on_device else "cpu", **options)
+
+    command = click.Command(name, params=options, callback=callback, help=f"{SUMMARIES[name]}\n\n{_knobs(name)}", short_help=SUMMARIES[name])
+    decorated = _params_option(_device_option(command) if stage.on_device else command)
+    assert isinstance(decorated, click.Command)
+    return decorated
+
+
+def _under(folder: str, names: Iterable[str]) -> list[str]:
+    return [f"{folder}/{name.split('/', 1)[1]}" for name in names]
+
+
+def _knobs(stage: str) -> str:
+    """The knobs of a section, for `--help`, as click prints them unchanged."""
+    lines = [f"  {name} = {json.dumps(value)}\n      {text}" for name, value, text in _described(preset("digits").section(stage))]
+    return "\b\nKnobs (section `" + stage + "` of params.yaml, with the values of preset digits):\n" + "\n".join(lines)
+
+
+def _described(section: Section, prefix: str = "") -> list[tuple[str, Any, str]]:
+    rows: list[tuple[str, Any, str]] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        rows += _described(value, f"{prefix}{name}.") if isinstance(value, Section) else [(prefix + name, value, str(field.description))]
+    return rows
+
+
+for _name in SUMMARIES:
+    main.add_command(_stage_command(_name))
+
+
+@main.command()
+@_params_option
+@click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")
+@_device_option
+def run(params_path: Path, artifacts: Path, device: str) -> None:
+    """Run the whole chain; steps whose artifact is up to date are left alone."""
+    from diffstill.run import run_chain
+
+    run_chain(load_params(params_path), artifacts, _resolve_device(device))
+    _summarise(artifacts)
+
+
+@main.command()
+@click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")
+def summary(artifacts: Path) -> None:
+    """Print the table of a finished chain, and where to look."""
+    _summarise(artifacts)
+
+
+def _summarise(artifacts: Path) -> None:
+    from diffstill.summary import print_summary
+
+    print_summary(artifacts)
+
+
+@main.command()
+@_params_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(params_path: Path, as_json: bool) -> None:
+    """Print the resolved configuration."""
+    params = load_params(params_path)
+    click.echo(json.dumps(params.model_dump(mode="json"), indent=2) if as_json else render_params(params), nl=as_json)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of params.yaml, for editors."""
+    click.echo(json.dumps(json_schema(), indent=2, sort_keys=True))
+
+
+@main.command("preset")
+@click.argument("name", type=click.Choice(list(PRESETS)))
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="Where to write.")
+@click.option("--force", is_flag=True, help="Overwrite changed values.")
+def write_preset(name: str, output: Path, force: bool) -> None:
+    """Write the parameters of a preset, one commented line per knob."""
+    wanted = preset(name)
+    if output.exists() and not force:
+        _refuse_changed(output, wanted)
+    output.write_text(render_params(wanted))
+    click.echo(f"wrote {output} (preset {name}); next: diffstill run")
+
+
+def _refuse_changed(output: Path, wanted: Params) -> None:
+    """An untouched preset may be replaced by another; values of one's own may not."""
+    try:
+        present = load_params(output)
+    except DiffstillError as error:
+        raise DiffstillError(f"{output}: exists and cannot be read as parameters; move it away or use --force") from error
+    if present == wanted or any(present == preset(name) for name in PRESETS):
+        return
+    names = dict((name, value) for name, value, _ in _described(wanted))
+    changed = [f"{name} = {json.dumps(value)}" for name, value, _ in _described(present) if value != names[name]]
+    raise DiffstillError(f"{output}: holds values of its own ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}); use --force to overwrite them")
+
+
+@main.command()
+def doctor() -> None:
+    """Check this machine: versions, device, disk, endpoints. Prints no secret."""
+    from diffstill.doctor import examine
+
+    if not examine():
+        raise _Refusal("something that diffstill needs is missing, see above")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a completion script: `diffstill completion bash >> ~/.bashrc`."""
+    completer = get_completion_class(shell)
+    assert completer is not None
+    click.echo(completer(main, {}, "diffstill", "_DIFFSTILL_COMPLETE").source())

@@ -1,0 +1,188 @@
+"""Where a stage meets the world: its paths, progress bars, tracking. And the chain: which step feeds which."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffstill.artifacts import MANIFEST, open_artifact, read_manifest
+from diffstill.config import Params
+from diffstill.errors import DiffstillError
+from diffstill.record import Progress
+from diffstill.tracking import StageRun, stage_run
+
+log = logging.getLogger("diffstill")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The interface of a stage: the artifacts it takes and the one it makes, by parameter name."""
+
+    output: Any
+    inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    many: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    on_device: bool = True
+
+
+STAGES: Mapping[str, Stage] = {
+    "prepare": Stage("images", on_device=False),
+    "pretrain": Stage("generator", inputs=("images",)),
+    "encode": Stage("latents", inputs=("images", "generator")),
+    "finetune": Stage("denoiser", inputs=("latents", "generator")),
+    "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",)),
+    "evaluate": Stage("scores", inputs=("images",), optional=("distilled",), options=("student",)),
+    "report": Stage("report", inputs=("images", "denoiser", "distilled", "untuned"), many=("scores",), on_device=False),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of a stage in the chain: `paths` are folder names under the artifact root."""
+
+    name: str
+    stage: str
+    paths: Mapping[str, str | tuple[str, ...]]
+    student: str | None = None
+
+    def output(self, root: Path) -> Path:
+        """Where this step writes."""
+        return root / str(self.paths[STAGES[self.stage].output])
+
+
+def chain(params: Params) -> list[Step]:
+    """The steps of the whole chain in order, as dvc.yaml has them too."""
+    students = params.evaluate.students
+    judged = [(source, student) for source in ("distilled", "untuned") for student in students]
+    return [
+        Step("prepare", "prepare", {"images": "images"}),
+        Step("pretrain", "pretrain", {"images": "images", "generator": "generator"}),
+        Step("encode", "encode", {"images": "images", "generator": "generator", "latents": "latents"}),
+        Step("finetune", "finetune", {"latents": "latents", "generator": "generator", "denoiser": "denoiser"}),
+        Step("sample", "sample", {"generator": "generator", "denoiser": "denoiser", "distilled": "distilled"}),
+        Step("sample-untuned", "sample", {"generator": "generator", "distilled": "untuned"}),
+        *(
+            Step(f"evaluate@{source}-{student}", "evaluate", {"images": "images", "distilled": source, "scores": f"scores/{source}-{student}"}, student)
+            for source, student in judged
+        ),
+        *(Step(f"evaluate-real@{student}", "evaluate", {"images": "images", "scores": f"scores/real-{student}"}, student) for student in students),
+        Step("report", "report", {**{name: name for name in STAGES["report"].inputs}, "scores": tuple(score_names(students)), "report": "report"}),
+    ]
+
+
+def score_names(students: Sequence[str]) -> list[str]:
+    """The folders of scores that a report gathers."""
+    return [f"scores/{source}-{student}" for source in ("distilled", "untuned", "real") for student in students]
+
+
+class _Listener:
+    """A stage's record: progress on the terminal, metrics and files to MLflow where tracking is on."""
+
+    def __init__(self, run: StageRun | None) -> None:
+        self._run = run
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if self._run:
+            self._run.metrics(values, step)
+
+    def file(self, path: Path) -> None:
+        if self._run:
+            self._run.file(path)
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+        """A bar on a terminal; elsewhere one line when the work is done."""
+        started, quiet = time.monotonic(), not log.isEnabledFor(logging.INFO)
+        on_terminal = sys.stderr.isatty() and not quiet
+        with tqdm(total=total, desc=description, unit=unit, initial=done, disable=not on_terminal, dynamic_ncols=True) as bar:
+            yield bar
+        seconds = time.monotonic() - started
+        if not on_terminal:
+            log.info("%s: %s %s in %.1f s (%.0f %s/s)", description, f"{total:,}", unit, seconds, (total - done) / max(seconds, 1e-9), unit)
+
+
+def run_stage(name: str, params: Params, paths: Mapping[str, Any], *, step: str | None = None, device: str = "cpu", **options: Any) -> dict[str, float]:
+    """Run one stage with tracking and progress; `paths` by the names of its signature. Returns its metrics.
+
+    Raises `DiffstillError` for bad input, before the stage starts where that can be known.
+    """
+    stage, step = STAGES[name], step or name
+    for given in stage.inputs:
+        _require(Path(paths[given]))
+    function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
+    config = params.section(name)
+    if stage.on_device:
+        options["device"] = device
+    started = time.monotonic()
+    log.info("%s ...", step)
+    with stage_run(step, params, config) as run:
+        metrics: dict[str, float] = function(config, **paths, record=_Listener(run), **options)
+        costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if run:
+            run.metrics({**metrics, **costs}, 0)
+    _log_costs(step, metrics, costs)
+    return metrics
+
+
+def _require(folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise DiffstillError(f"{folder}: no artifact here; run the stage that makes it first (`diffstill run` or `dvc repro` runs them all)")
+
+
+def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, float]) -> None:
+    """Costs go to a side log, never into artifacts."""
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
+    path = Path(".diffstill") / "costs.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **costs, **metrics}) + "\n")
+
+
+def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
+    """Run every step of the chain whose artifact is missing or was made from other settings or inputs."""
+    for step in chain(params):
+        if _is_current(step, params, root):
+            log.info("%s is up to date", step.name)
+            continue
+        output = STAGES[step.stage].output
+        paths = {name: [root / one for one in where] if isinstance(where, tuple) else root / where for name, where in step.paths.items()}
+        options = {"student": step.student} if step.student else {}
+        run_stage(step.stage, params, paths, step=step.name, device=device, **options)
+        log.debug("%s wrote %s", step.name, paths[output])
+
+
+def _is_current(step: Step, params: Params, root: Path) -> bool:
+    """Is the step's artifact whole, made by these settings, from the inputs that lie there now?"""
+    stage, output = STAGES[step.stage], step.output(root)
+    if not (output / MANIFEST).is_file():
+        return False
+    manifest = open_artifact(output, stage.output).manifest
+    if manifest.config != json.loads(params.section(step.stage).canonical()):
+        return False
+    named = {name: where for name, where in step.paths.items() if name != stage.output}
+    return manifest.inputs == _input_digests(named, root)
+
+
+def _input_digests(named: Mapping[str, str | tuple[str, ...]], root: Path) -> dict[str, str]:
+    digests = {}
+    for name, where in named.items():
+        kind = "distilled" if name == "untuned" else name
+        if isinstance(where, str):
+            digests[name] = read_manifest(root / where, kind).digest  # type: ignore[arg-type]
+        else:
+            each = sorted(read_manifest(root / one, kind).digest for one in where)  # type: ignore[arg-type]
+            digests |= {f"{name}-{number:03d}": digest for number, digest in enumerate(each)}
+    return digests

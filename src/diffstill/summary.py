@@ -1,0 +1,55 @@
+"""The table that a chain ends with, on the terminal."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from diffstill.artifacts import open_artifact, read_manifest
+from diffstill.tracking import OFF, tracking_uri
+
+SOURCES = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
+
+
+def print_summary(artifacts: Path) -> None:
+    """Print mean and sample standard deviation per source, student and IPC, and the paths of the results.
+
+    Raises `DiffstillError` where there is no whole report.
+    """
+    report = open_artifact(artifacts / "report", "report")
+    with (report.folder / "accuracy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_table(rows))
+    console.print(f"report     {report.folder / 'report.html'}")
+    for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
+        console.print(f"distilled  {artifacts / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
+    if tracking_uri() != OFF:
+        console.print(f"MLflow     mlflow ui --backend-store-uri {tracking_uri()}")
+
+
+def _table(rows: list[dict[str, str]]) -> Table:
+    """One row per source, one column per student and IPC."""
+    columns = list(dict.fromkeys((row["student"], row["images_per_class"]) for row in rows if row["images_per_class"]))
+    protocols = ", ".join(dict.fromkeys(row["protocol"] for row in rows))
+    table = Table(title=f"Test accuracy of students, %: mean ± sd (runs); protocol {protocols}, hard labels, last epoch", title_justify="left")
+    table.add_column("source")
+    for student, size in columns:
+        table.add_column(f"{student}, IPC {size}", justify="right")
+    for source, name in SOURCES.items():
+        own = {(row["student"], row["images_per_class"]): row for row in rows if row["source"] == source}
+        if own:
+            table.add_row(name, *(_cell(own, student, size) for student, size in columns))
+    return table
+
+
+def _cell(own: Mapping[tuple[str, str], Mapping[str, str]], student: str, size: str) -> str:
+    row = own.get((student, size)) or own.get((student, ""))
+    if row is None:
+        return "-"
+    spread = f" ± {100 * float(row['sd']):.1f}" if row["sd"] else ""
+    return f"{100 * float(row['mean']):.1f}{spread} ({row['runs']})"

@@ -1,0 +1,140 @@
+"""MLflow, and only here: one parent run per chain, a nested run per stage, found again by a tag.
+
+Tracking goes to `mlflow.db` in the current folder unless `MLFLOW_TRACKING_URI` points elsewhere; `none` switches it
+off. An injected `MLFLOW_RUN_ID` is the parent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffstill.config import Params, Section
+from diffstill.errors import DiffstillError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAIN_TAG = "diffstill.chain"
+OFF = "none"
+
+
+def tracking_uri() -> str:
+    """Where runs go: `MLFLOW_TRACKING_URI`, or an sqlite file in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def git_sha() -> str:
+    """The commit of the current folder, with `-dirty` if files differ from it, or `none` outside git."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return f"{sha}-dirty" if changed.strip() else sha
+
+
+class StageRun:
+    """One stage's run in MLflow; takes what a stage records."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars at a step."""
+        from mlflow.entities import Metric
+
+        now = int(_now() * 1000)
+        self._client.log_batch(self._run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def file(self, path: Path) -> None:
+        """Upload a file."""
+        self._client.log_artifact(self._run_id, str(path))
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+@contextmanager
+def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun | None]:
+    """A nested run for one step of the chain, finished or failed with the block; None where tracking is off."""
+    if tracking_uri() == OFF:
+        yield None
+        return
+    client = _client()
+    parent = os.environ.get("MLFLOW_RUN_ID") or _parent(client, params)
+    run_id = _start(client, step, parent, config)
+    try:
+        yield StageRun(client, run_id)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+    if step == "report" and "MLFLOW_RUN_ID" not in os.environ:
+        client.set_terminated(parent, "FINISHED")
+
+
+def _client() -> MlflowClient:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(tracking_uri())
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DiffstillError(f"MLflow does not answer ({reason}); mend MLFLOW_TRACKING_URI, or set it to `none` to go on without tracking") from error
+    return client
+
+
+def _experiment(client: MlflowClient) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "diffstill")
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    location = (Path.cwd() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _parent(client: MlflowClient, params: Params) -> str:
+    """The run of this chain: the one with the digest of parameters and commit, or a new one."""
+    sha = git_sha()
+    chain = hashlib.sha256(f"{params.canonical()} {sha}".encode()).hexdigest()[:32]
+    experiment = _experiment(client)
+    found = client.search_runs([experiment], filter_string=f"tags.`{CHAIN_TAG}` = '{chain}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    tags = {CHAIN_TAG: chain, "diffstill.git_sha": sha, "diffstill.dataset": params.prepare.source}
+    name = f"{params.prepare.source} ipc{params.sample.images_per_class} {params.finetune.policy} {chain[:6]}"
+    run = client.create_run(experiment, run_name=name, tags=tags)
+    client.log_dict(run.info.run_id, params.model_dump(mode="json"), "params.json")
+    return str(run.info.run_id)
+
+
+def _start(client: MlflowClient, step: str, parent: str, config: Section) -> str:
+    from mlflow.entities import Param
+
+    experiment = client.get_run(parent).info.experiment_id
+    run = client.create_run(experiment, run_name=step, tags={"mlflow.parentRunId": parent, "diffstill.stage": step})
+    params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
+    client.log_batch(run.info.run_id, params=params)
+    return str(run.info.run_id)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
