@@ -451,16 +451,16 @@ def trained(digits, *, seed=0, images=100, recipe=Protocol("tiny", 12), evaluati
         flip=False,
         seed=seed,
         evaluations=evaluations,
-        evaluate=lambda one: {"accuracy": accuracy(one, pixels[1000:], labels[1000:], statistics)},
+        evaluate=lambda one: {"accuracy": accuracy(one, pixels[1400:], labels[1400:], statistics)},
     )
     return history, torch.cat([weights.detach().flatten() for weights in student.parameters()])
 
 
 def test_training_is_a_function_of_the_seed_also_in_threads_and_leaves_the_global_generator_alone(digits):
     state = torch.random.get_rng_state()
-    alone = [trained(digits, seed=seed) for seed in (0, 1, 2)]
-    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        together = list(pool.map(lambda seed: trained(digits, seed=seed), (0, 1, 2)))
+    alone = [trained(digits, seed=seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        together = list(pool.map(lambda seed: trained(digits, seed=seed), (0, 1)))
     for (history, weights), (other_history, other_weights) in zip(alone, together, strict=True):
         assert history == other_history
         assert torch.equal(weights, other_weights)
@@ -542,7 +542,7 @@ def test_accuracy_against_a_loop_and_the_mode_is_kept(digits, monkeypatch):
 
 
 def test_students_learn_digits(digits):
-    history, _ = trained(digits, images=1000, recipe=protocol("short-200"), name="convnet-2", evaluations=2)
+    history, _ = trained(digits, images=1000, recipe=protocol("short-200"), evaluations=2)
     assert [look.step for look in history] == [100, 200]
     assert history[-1].metrics["accuracy"] > 0.8
 

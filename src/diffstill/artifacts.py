@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -118,9 +118,9 @@ def open_artifact(folder: Path, kind: Kind) -> Artifact:
 def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str, Artifact]) -> Iterator[Draft]:
     """Write an artifact in a `with` block; it appears at `folder` whole when the block ends well, and not at all otherwise.
 
-    An earlier artifact at `folder` stays until then and is replaced. Raises `DiffstillError` if `folder` holds anything else.
+    An earlier `kind` at `folder` stays until then and is replaced. Raises `DiffstillError` if `folder` holds anything else.
     """
-    refuse_foreign(folder)
+    refuse_foreign(folder, kind)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Draft(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
     try:
@@ -138,21 +138,40 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
         shutil.rmtree(draft.folder, ignore_errors=True)
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise `DiffstillError` if `folder` holds something that is no artifact, so that a mistyped path destroys nothing."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DiffstillError(f"{folder}: exists and is not an artifact; refusing to replace it, choose another output folder")
+def refuse_foreign(folder: Path, kind: Kind | None = None) -> None:
+    """Raise `DiffstillError` if `folder` holds anything but an artifact (of that kind), so that a mistyped path destroys nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    found = _kind_at(folder)
+    if found is None:
+        raise DiffstillError(f"{folder}: exists and is not an artifact; refusing to replace it, remove it or choose another output folder")
+    if kind not in (None, found):
+        raise DiffstillError(f"{folder}: holds a `{found}` artifact; refusing to replace it by `{kind}`, remove it or choose another output folder")
+
+
+def _kind_at(folder: Path) -> str | None:
+    """The kind that the manifest names, of whatever schema; None without a manifest of ours."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    known = isinstance(raw, dict) and "schema_version" in raw and raw.get("kind") in get_args(Kind)
+    return str(raw["kind"]) if known else None
 
 
 def _replace(new: Path, folder: Path) -> None:
-    """Move `new` to `folder`, whatever artifact was there before."""
+    """Move `new` to `folder`. An earlier artifact steps aside and comes back if that fails or is interrupted."""
     if not folder.exists():
         new.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "old")
-    new.rename(folder)
-    shutil.rmtree(old)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
+    try:
+        folder.rename(aside)
+        new.rename(folder)
+    finally:
+        if not folder.exists():
+            aside.rename(folder)
+        shutil.rmtree(aside.parent)
 
 
 def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_size: int) -> None:
@@ -165,7 +184,7 @@ def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_s
 
 def read_shards(folder: Path, prefix: str) -> dict[str, Array]:
     """The arrays that `write_shards` cut, joined again. Raises `DiffstillError` if there are none."""
-    paths = sorted(folder.glob(f"{prefix}-[0-9]*.safetensors"))
+    paths = sorted(folder.glob(f"{prefix}-[0-9]*.safetensors"), key=lambda path: (len(path.name), path.name))  # 100000 comes after 99999
     if not paths:
         raise DiffstillError(f"{folder}: has no shard {prefix}-*.safetensors; make the artifact anew")
     parts = [load_file(path) for path in paths]
@@ -224,13 +243,16 @@ class WorkFolder:
             os.fsync(file.fileno())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The whole lines of `<name>.jsonl`; a last line cut off by a kill is dropped."""
+        """The whole lines of `<name>.jsonl`; a last line cut off by a kill is dropped. Raises `DiffstillError` if another is damaged."""
         path = self.folder / f"{name}.jsonl"
         text = path.read_text() if path.is_file() else ""
         if text and not text.endswith("\n"):
             text = text[: text.rfind("\n") + 1]
             path.write_text(text)
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except json.JSONDecodeError as error:
+            raise DiffstillError(f"{path}: damaged ({error}); remove it to start this stage anew") from error
 
     def clear(self) -> None:
         """Forget everything: the artifact is whole."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ PATHS = {
     "report": "tables, figures and the page, from `report`",
 }
 FOLDER = click.Path(path_type=Path, file_okay=False)
+MENDABLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions or choose another folder"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "choose another folder"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another disk"),
+}
+"""What a user can do about an error of the file system; any other is a bug of ours."""
 
 
 class _Group(click.Group):
@@ -46,8 +53,11 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except DiffstillError as error:
             raise _Refusal(str(error)) from error
-        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise _Refusal(f"{error.filename}: {error.strerror}; choose another folder or mend its permissions") from error
+        except OSError as error:
+            if error.errno not in MENDABLE:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise _Refusal(f"{place}{error.strerror}; {MENDABLE[error.errno]}") from error
 
 
 class _Refusal(click.ClickException):
@@ -66,7 +76,7 @@ def main(verbose: bool, quiet: bool) -> None:
 
     Start with `diffstill preset digits` and `diffstill run`.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     logging.getLogger("diffstill").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
@@ -102,7 +112,10 @@ def _stage_command(name: str) -> click.Command:
     stage = STAGES[name]
     options: list[click.Parameter] = [click.Option([f"--{given}"], type=FOLDER, required=True, help=PATHS[given]) for given in stage.inputs]
     options += [click.Option([f"--{given}"], type=FOLDER, help=f"{PATHS[given]} (optional)") for given in stage.optional]
-    options += [click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell") for given in stage.many]
+    options += [
+        click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell")
+        for given in stage.many
+    ]
     options += [click.Option([f"--{given}"], help=f"only this {given} of params.yaml") for given in stage.options]
     options.append(click.Option([f"--{stage.output}"], type=FOLDER, required=True, help=f"output folder: {PATHS[stage.output]}"))
     options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
@@ -112,7 +125,7 @@ def _stage_command(name: str) -> click.Command:
 
         params = load_params(params_path)
         if stage.many:
-            given["scores"] = [given["scores"].parent / score for score in _under(given["scores"].name, score_names(params.evaluate.students))]
+            given["scores"] = [given["scores"] / Path(name).relative_to("scores") for name in score_names(params.evaluate.students)]
         options = {option: given.pop(option) for option in stage.options}
         run_stage(name, params, given, step=step, device=_resolve_device(device) if stage.on_device else "cpu", **options)
 
@@ -120,10 +133,6 @@ def _stage_command(name: str) -> click.Command:
     decorated = _params_option(_device_option(command) if stage.on_device else command)
     assert isinstance(decorated, click.Command)
     return decorated
-
-
-def _under(folder: str, names: Iterable[str]) -> list[str]:
-    return [f"{folder}/{name.split('/', 1)[1]}" for name in names]
 
 
 def _knobs(stage: str) -> str:
@@ -193,7 +202,9 @@ def write_preset(name: str, output: Path, force: bool) -> None:
     wanted = preset(name)
     if output.exists() and not force:
         _refuse_changed(output, wanted)
-    output.write_text(render_params(wanted))
+    if not output.parent.is_dir():
+        raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
+    output.write_text(render_params(wanted), encoding="utf-8")
     click.echo(f"wrote {output} (preset {name}); next: diffstill run")
 
 
@@ -207,7 +218,9 @@ def _refuse_changed(output: Path, wanted: Params) -> None:
         return
     names = dict((name, value) for name, value, _ in _described(wanted))
     changed = [f"{name} = {json.dumps(value)}" for name, value, _ in _described(present) if value != names[name]]
-    raise DiffstillError(f"{output}: holds values of its own ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}); use --force to overwrite them")
+    raise DiffstillError(
+        f"{output}: holds values of its own ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}); use --force to overwrite them"
+    )
 
 
 @main.command()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from diffstill.errors import DiffstillError
 from diffstill.protocols import PROTOCOLS, protocol
@@ -27,9 +27,9 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A frozen group of knobs that refuses unknown names and loose types."""
+    """A frozen group of knobs that refuses unknown names, loose types and infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def canonical(self) -> str:
         """The section as JSON with sorted keys: equal knobs give equal bytes."""
@@ -213,6 +213,16 @@ class Params(Section):
             raise ValueError(f"`finetune.seeds` has {tunes} entries; give 1, or one for each of the {draws} `sample.seeds`")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        """A seed or a name that is listed twice would count twice in every mean."""
+        for stage in self.STAGES:
+            for knob, values in self.section(stage):
+                repeated = [value for value in values if values.count(value) > 1] if isinstance(values, tuple) else []
+                if repeated:
+                    raise ValueError(f"`{stage}.{knob}` lists {repeated[0]!r} {len(repeated)} times; list it once")
+        return self
+
     def section(self, stage: str) -> Section:
         """The section of that stage."""
         section: Section = getattr(self, stage)
@@ -246,11 +256,20 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "pretrain": {
             "vae": {"channels": [16, 16], "steps": 12, "batch_size": 16},
             "dit": {"layers": 2, "heads": 2, "head_dim": 16, "steps": 12, "batch_size": 16},
+            "threads": 1,
             "checkpoint_every": 5,
         },
-        "finetune": {"steps": 12, "batch_size": 12, "capacity_real": 4, "capacity_gen": 4, "log_every": 1, "checkpoint_every": 5},
-        "sample": {"images_per_class": 2, "seeds": [0, 1], "steps": 3, "chunk_size": 4},
-        "evaluate": {"images_per_class": [1, 2], "student_seeds": [0], "random_seeds": [0, 1], "protocol": "short-20", "evaluations": 2},
+        "encode": {"threads": 1},
+        "finetune": {"steps": 12, "batch_size": 12, "capacity_real": 4, "capacity_gen": 4, "log_every": 1, "threads": 1, "checkpoint_every": 5},
+        "sample": {"images_per_class": 2, "seeds": [0, 1], "steps": 3, "chunk_size": 4, "threads": 1},
+        "evaluate": {
+            "images_per_class": [1, 2],
+            "student_seeds": [0],
+            "random_seeds": [0, 1],
+            "protocol": "short-20",
+            "evaluations": 2,
+            "workers": 1,
+        },
     },
 }
 
@@ -267,15 +286,26 @@ def load_params(path: Path) -> Params:
     if not path.is_file():
         raise DiffstillError(f"{path}: no such file; write one with `diffstill preset digits`")
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text())
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise DiffstillError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DiffstillError(f"{path}: not valid YAML ({_first_problem(error)})") from error
+    if not isinstance(values, dict | None):
+        raise DiffstillError(
+            f"{path}: holds {values!r:.40} where sections are expected ({', '.join(Params.STAGES)}); write one with `diffstill preset digits`"
+        )
     try:
-        return Params.model_validate_json(json.dumps(values if values is not None else {}))
+        return Params.model_validate_json(json.dumps(values or {}))
     except ValidationError as error:
         raise DiffstillError(f"{path}: {_explain(error)}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DiffstillError(f"{path}: holds a value that is no number, text, list or mapping ({error})") from error
+
+
+def _first_problem(error: Exception) -> str:
+    """What is wrong and in which line, without the parser's drawing of the place."""
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _explain(error: ValidationError) -> str:

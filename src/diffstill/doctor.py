@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Literal
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from diffstill.tracking import without_secrets
 
 NEEDED = ("torch", "torchvision", "diffusers", "timm", "safetensors", "pydantic", "scikit-learn", "mlflow")
 OPTIONAL = ("dvc", "kfp", "boto3")
@@ -38,7 +40,7 @@ def examine() -> bool:
     for title in ("", "found", ""):
         table.add_column(title, overflow="fold")
     for finding in findings:
-        table.add_row(finding.what, finding.found, {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "-": ""}[finding.verdict])
+        table.add_row(finding.what, escape(finding.found), {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "-": ""}[finding.verdict])
     Console(highlight=False).print(table)
     return all(finding.verdict != "missing" for finding in findings)
 
@@ -63,13 +65,17 @@ def _machine() -> list[Finding]:
         Finding("device", ", ".join(names) or "cpu (no CUDA device)", "ok"),
         Finding("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads", "ok"),
         Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", "ok"),
-        Finding("disk", f"{free:.1f} GiB free in the current folder (at least {MIN_DISK_GIB:.0f} wanted)", "ok" if free >= MIN_DISK_GIB else "missing"),
-        Finding("current folder", "writable" if os.access(Path.cwd(), os.W_OK) else "not writable", "ok" if os.access(Path.cwd(), os.W_OK) else "missing"),
+        Finding(
+            "disk", f"{free:.1f} GiB free in the current folder (at least {MIN_DISK_GIB:.0f} wanted)", "ok" if free >= MIN_DISK_GIB else "missing"
+        ),
+        Finding(
+            "current folder", "writable" if os.access(Path.cwd(), os.W_OK) else "not writable", "ok" if os.access(Path.cwd(), os.W_OK) else "missing"
+        ),
         *(Finding(tool, shutil.which(tool) or "not found (optional)", "ok" if shutil.which(tool) else "-") for tool in ("git", "dvc")),
     ]
 
 
 def _environment() -> list[Finding]:
     """Endpoints without the credentials that a URL may carry; of secrets only whether they are set."""
-    endpoints = [Finding(name, re.sub(r"//[^/@]*@", "//***@", os.environ.get(name, "not set")), "-") for name in ENDPOINTS]
+    endpoints = [Finding(name, without_secrets(os.environ.get(name, "not set")), "-") for name in ENDPOINTS]
     return endpoints + [Finding(name, "set" if os.environ.get(name) else "not set", "-") for name in SECRETS]

@@ -209,9 +209,12 @@ def percent(fraction: float) -> str:
 
 
 def signed(points: float) -> str:
-    """Points with one decimal and their sign, by a true minus."""
-    text = f"{points:+.1f}"
-    return text.replace("-", "\u2212") if float(text) else "0.0"
+    """Points with one decimal and their sign, by a true minus; with as many more (up to four) as tell them from zero."""
+    for digits in (1, 2, 3, 4):
+        text = f"{points:+.{digits}f}"
+        if float(text):
+            return text.replace("-", "\u2212")
+    return "0.0"
 
 
 def plural(count: int, noun: str) -> str:
@@ -315,6 +318,7 @@ def _draw_accuracy(axes: Axes, page: Page, student: str, colours: Mapping[str, s
             axes.plot(sizes, [100 * cell.test.mean for cell in cells], marker=marker, color=colours[source], label=SOURCE_NAMES[source], lw=1.8, ms=5)
     if full := page.cell("full", student, None):
         axes.axhline(100 * full.test.mean, color=colours["full"], ls=(0, (5, 3)), lw=1.5, label=SOURCE_NAMES["full"])
+    axes.autoscale_view(scalex=False)  # axhline keeps limits that just hold it, so it would lie on the frame
     _log_sizes(axes, page.students[student])
     _finish(axes, colours, student, "images per class", "test accuracy, %")
 
@@ -344,7 +348,7 @@ def _draw_loss(axes: Axes, curves: Sequence[Curve], colours: Mapping[str, str]) 
         first = curve is curves[0]
         axes.plot(curve.columns["step"], loss, color=colours["muted"], alpha=0.5, lw=0.8, label="as logged" if first else None)
         smooth = moving_average(loss, window)
-        axes.plot(curve.columns["step"], smooth, color=colours["distilled"], lw=1.6, alpha=0.9, label=f"mean of {window} lines" if first else None)
+        axes.plot(curve.columns["step"], smooth, color=colours["distilled"], lw=1.6, label=f"mean of {window} lines" if first else None)
     _finish(axes, colours, "Diffusion loss", "fine-tuning step", "mean squared error of the noise")
 
 
@@ -369,13 +373,13 @@ def _draw_pairs(axes: Axes, curves: Sequence[Curve], labels: Mapping[str, str], 
         for curve in curves:
             values = curve.columns[column]
             smooth = moving_average(values, max(1, len(values) // 20)) if column.startswith("loss") else values
-            axes.plot(curve.columns["step"], smooth, color=colours[role], lw=1.6, alpha=0.9, label=label if curve is curves[0] else None)
+            axes.plot(curve.columns["step"], smooth, color=colours[role], lw=1.6, label=label if curve is curves[0] else None)
 
 
 def _finish(axes: Axes, colours: Mapping[str, str], title: str, across: str, up: str) -> None:
     """Title, labels, legend and a quiet frame, in the theme's colours. Names are shown as they are: `$` starts no formula."""
     rows = _legend(axes, colours)
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=colours["ink"], pad=10 + 16 * rows, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=colours["ink"], pad=12 + 16 * rows, parse_math=False)
     axes.set_xlabel(across, color=colours["muted"])
     axes.set_ylabel(up, color=colours["muted"])
     axes.tick_params(colors=colours["muted"], length=0, labelsize=9)
@@ -393,7 +397,7 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> int:
         return 0
     columns = entries if entries <= 3 else 2
     look = {"frameon": False, "fontsize": 8.5, "labelcolor": colours["ink"], "handlelength": 2.0, "columnspacing": 1.2, "borderpad": 0.2}
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.01), borderaxespad=0.0, ncols=columns, **look).set_in_layout(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.03), borderaxespad=0.0, ncols=columns, **look).set_in_layout(False)
     return -(-entries // columns)
 
 
@@ -402,7 +406,7 @@ def _grid_figure(grid: Sequence[GridRow]) -> Figure:
     rows = [{name: strip(pictures, _tile(grid)) for name, pictures in row.pictures.items()} for row in grid]
     widths = {name: max(row[name].width for row in rows) for name in rows[0]}
     left, top, gap, height = 110, 30, 16, _tile(grid) + 6
-    size = (left + sum(widths.values()) + gap * len(widths), top + height * len(rows))
+    size = (left + sum(widths.values()) + gap * len(widths), top + height * len(rows) + gap)
     figure = Figure(figsize=(size[0] / 100, size[1] / 100))
     for number, (row, images) in enumerate(zip(grid, rows, strict=True)):
         y = size[1] - top - height * number - height // 2

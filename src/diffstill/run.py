@@ -16,13 +16,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffstill.artifacts import MANIFEST, open_artifact, read_manifest
+from diffstill.artifacts import MANIFEST, open_artifact, read_manifest, refuse_foreign
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress
 from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
+SHOWN = 8
+"""Metrics of a stage on the terminal; all of them are in the side log and in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def chain(params: Params) -> list[Step]:
         Step("sample", "sample", {"generator": "generator", "denoiser": "denoiser", "distilled": "distilled"}),
         Step("sample-untuned", "sample", {"generator": "generator", "distilled": "untuned"}),
         *(
-            Step(f"evaluate@{source}-{student}", "evaluate", {"images": "images", "distilled": source, "scores": f"scores/{source}-{student}"}, student)
+            Step(
+                f"evaluate@{source}-{student}", "evaluate", {"images": "images", "distilled": source, "scores": f"scores/{source}-{student}"}, student
+            )
             for source, student in judged
         ),
         *(Step(f"evaluate-real@{student}", "evaluate", {"images": "images", "scores": f"scores/real-{student}"}, student) for student in students),
@@ -113,14 +117,16 @@ class _Listener:
             log.info("%s: %s %s in %.1f s (%.0f %s/s)", description, f"{total:,}", unit, seconds, (total - done) / max(seconds, 1e-9), unit)
 
 
-def run_stage(name: str, params: Params, paths: Mapping[str, Any], *, step: str | None = None, device: str = "cpu", **options: Any) -> dict[str, float]:
+def run_stage(
+    name: str, params: Params, paths: Mapping[str, Any], *, step: str | None = None, device: str = "cpu", **options: Any
+) -> dict[str, float]:
     """Run one stage with tracking and progress; `paths` by the names of its signature. Returns its metrics.
 
     Raises `DiffstillError` for bad input, before the stage starts where that can be known.
     """
     stage, step = STAGES[name], step or name
-    for given in stage.inputs:
-        _require(Path(paths[given]))
+    _require(stage, paths)
+    refuse_foreign(paths[stage.output], stage.output)
     function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
     config = params.section(name)
     if stage.on_device:
@@ -136,14 +142,17 @@ def run_stage(name: str, params: Params, paths: Mapping[str, Any], *, step: str 
     return metrics
 
 
-def _require(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise DiffstillError(f"{folder}: no artifact here; run the stage that makes it first (`diffstill run` or `dvc repro` runs them all)")
+def _require(stage: Stage, paths: Mapping[str, Any]) -> None:
+    """Raise `DiffstillError` if an input that is given or needed is not there."""
+    one = [paths[name] for name in (*stage.inputs, *stage.optional) if name in stage.inputs or paths.get(name)]
+    for folder in [*one, *(folder for name in stage.many for folder in paths[name])]:
+        if not (folder / MANIFEST).is_file():
+            raise DiffstillError(f"{folder}: no artifact here; run the stage that makes it first (`diffstill run` or `dvc repro` runs them all)")
 
 
 def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, float]) -> None:
     """Costs go to a side log, never into artifacts."""
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN]) + (", ..." if len(metrics) > SHOWN else "")
     log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
     path = Path(".diffstill") / "costs.jsonl"
     path.parent.mkdir(exist_ok=True)

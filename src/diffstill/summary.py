@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffstill.artifacts import open_artifact, read_manifest
-from diffstill.tracking import OFF, tracking_uri
+from diffstill.tracking import OFF, tracking_uri, without_secrets
 
 SOURCES = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
 
@@ -23,13 +23,15 @@ def print_summary(artifacts: Path) -> None:
     report = open_artifact(artifacts / "report", "report")
     with (report.folder / "accuracy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_table(rows))
     console.print(f"report     {report.folder / 'report.html'}")
     for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
         console.print(f"distilled  {artifacts / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
-    if tracking_uri() != OFF:
+    if tracking_uri().startswith("sqlite:"):
         console.print(f"MLflow     mlflow ui --backend-store-uri {tracking_uri()}")
+    elif tracking_uri() != OFF:
+        console.print(f"MLflow     {without_secrets(tracking_uri())}")
 
 
 def _table(rows: list[dict[str, str]]) -> Table:

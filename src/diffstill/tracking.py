@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,11 @@ OFF = "none"
 def tracking_uri() -> str:
     """Where runs go: `MLFLOW_TRACKING_URI`, or an sqlite file in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the credentials and queries of all URLs in it blotted out."""
+    return re.sub(r"\?[^\s'\"()]+", "?***", re.sub(r"//[^\s'\"()]*@", "//***@", text))
 
 
 def git_sha() -> str:
@@ -50,18 +57,14 @@ class StageRun:
         """Log scalars at a step."""
         from mlflow.entities import Metric
 
-        now = int(_now() * 1000)
-        self._client.log_batch(self._run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        now = int(time.time() * 1000)
+        with _answering():
+            self._client.log_batch(self._run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def file(self, path: Path) -> None:
         """Upload a file."""
-        self._client.log_artifact(self._run_id, str(path))
-
-
-def _now() -> float:
-    import time
-
-    return time.time()
+        with _answering():
+            self._client.log_artifact(self._run_id, str(path))
 
 
 @contextmanager
@@ -70,33 +73,46 @@ def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun |
     if tracking_uri() == OFF:
         yield None
         return
-    client = _client()
-    parent = os.environ.get("MLFLOW_RUN_ID") or _parent(client, params)
-    run_id = _start(client, step, parent, config)
+    injected = os.environ.get("MLFLOW_RUN_ID")
+    with _answering():
+        client = _client()
+        parent = injected or _parent(client, params)
+        run_id = _start(client, step, parent, config)
     try:
         yield StageRun(client, run_id)
     except BaseException:
-        client.set_terminated(run_id, "FAILED")
+        with suppress(DiffstillError), _answering():  # the first error is the one to show
+            client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
-    if step == "report" and "MLFLOW_RUN_ID" not in os.environ:
-        client.set_terminated(parent, "FINISHED")
+    with _answering():
+        client.set_terminated(run_id, "FINISHED")
+        if step == "report" and not injected:
+            client.set_terminated(parent, "FINISHED")
 
 
 def _client() -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri())
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Turn a failure of MLflow, its database or its driver into one message without credentials."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        client = MlflowClient(tracking_uri())
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DiffstillError(f"MLflow does not answer ({reason}); mend MLFLOW_TRACKING_URI, or set it to `none` to go on without tracking") from error
-    return client
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
+        reason = without_secrets(" ".join(str(error).split()))[:200]
+        raise DiffstillError(
+            f"MLflow at {without_secrets(tracking_uri())} refuses ({reason}); "
+            "mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID, or set MLFLOW_TRACKING_URI to `none` to go on without tracking"
+        ) from error
 
 
 def _experiment(client: MlflowClient) -> str:

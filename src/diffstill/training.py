@@ -58,7 +58,7 @@ class Training:
     def __init__(self, weights: Sequence[Tensor], learning_rate: float, ema_decay: float, weight_decay: float = 0.0) -> None:
         self.weights, self.ema_decay = list(weights), ema_decay
         self.average = [weight.detach().clone() for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
         self.done = 0
 
     def advance(self, loss: Tensor, learning_rate: float | None = None) -> None:

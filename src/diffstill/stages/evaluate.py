@@ -107,11 +107,11 @@ class _Source:
 def _distilled(config: EvaluateConfig, artifact: Artifact, judge: _Judge) -> _Source:
     """The first images of every class, for each generation seed. Raises `DiffstillError` where the artifact does not fit."""
     facts = artifact.facts
-    for fact in ("classes", "side", "channels"):
-        if facts[fact] != judge.facts[fact]:
-            raise DiffstillError(
-                f"{artifact.folder}: `{fact}` is {facts[fact]}, but the images have {judge.facts[fact]}; judge it on the images it was made from"
-            )
+    if differing := sorted(set(facts["classes"]) ^ set(judge.facts["classes"])):
+        raise DiffstillError(
+            f"{artifact.folder}: not made for the classes of the images, {differing[0]!r} is in only one of them; "
+            "sample all classes of `prepare`, or judge it on the images it was made from"
+        )
     if facts["images_digest"] != judge.images_digest:
         raise DiffstillError(
             f"{artifact.folder}: made from images {facts['images_digest'][:12]}, but is to be judged on images {judge.images_digest[:12]}, "
@@ -122,7 +122,7 @@ def _distilled(config: EvaluateConfig, artifact: Artifact, judge: _Judge) -> _So
         raise DiffstillError(
             f"{artifact.folder}: holds {held} images per class, `evaluate.images_per_class` asks for {wanted}; lower it, or raise `sample.images_per_class`"
         )
-    pictures = {seed: _pictures(artifact, seed, wanted) for seed in facts["seeds"]}
+    pictures = {seed: _pictures(artifact.folder / f"seed-{seed}", wanted, judge.facts) for seed in facts["seeds"]}
     return _Source(facts["source"], config.images_per_class, tuple(facts["seeds"]), partial(_first, pictures))
 
 
@@ -132,21 +132,20 @@ def _first(pictures: Mapping[int | None, Pixels], size: int | None, seed: int | 
     return chosen.reshape(-1, *chosen.shape[2:]), np.repeat(np.arange(len(chosen)), chosen.shape[1])
 
 
-def _pictures(artifact: Artifact, seed: int, count: int) -> Pixels:
-    """The first `count` PNGs of each class, (K, count, C, S, S)."""
-    facts = artifact.facts
-    shape, mode = (facts["side"], facts["side"]), "L" if facts["channels"] == 1 else "RGB"
-    paths = [[artifact.folder / f"seed-{seed}" / name / f"{k:05d}.png" for k in range(count)] for name in facts["classes"]]
-    return np.stack([np.stack([_picture(path, shape, mode) for path in own]) for own in paths])
+def _pictures(folder: Path, count: int, facts: Mapping[str, Any]) -> Pixels:
+    """The first `count` PNGs of each class, (K, count, C, S, S), classes, side and channels being those of the real images."""
+    size, mode = (facts["side"], facts["side"]), "L" if facts["channels"] == 1 else "RGB"
+    paths = [[folder / name / f"{k:05d}.png" for k in range(count)] for name in facts["classes"]]
+    return np.stack([np.stack([_picture(path, size, mode) for path in own]) for own in paths])
 
 
-def _picture(path: Path, shape: tuple[int, int], mode: str) -> Pixels:
+def _picture(path: Path, size: tuple[int, int], mode: str) -> Pixels:
     """One PNG as (C, S, S). Raises `DiffstillError` if it is missing, unreadable, or of another size or mode."""
     try:
         with Image.open(path) as image:
-            if (image.size, image.mode) != (shape, mode):
+            if (image.size, image.mode) != (size, mode):
                 raise DiffstillError(
-                    f"{path}: is {image.size[0]}x{image.size[1]} {image.mode}, expected {shape[0]}x{shape[1]} {mode}; make the `distilled` artifact anew"
+                    f"{path}: is {image.size[0]}x{image.size[1]} {image.mode}, expected {size[0]}x{size[1]} {mode}; make the `distilled` artifact anew"
                 )
             pixels = np.asarray(image)
     except (FileNotFoundError, UnidentifiedImageError) as error:
@@ -278,7 +277,7 @@ class _Stopped(Exception):  # noqa: N818  (no error: another run failed or the u
 
 def _trained(runs: Mapping[_Run, Callable[[], TrainingSet]], judge: _Judge, workers: int, work: WorkFolder, record: Record) -> list[Score]:
     """The scores of all runs, sorted, each student trained on one thread; those that an earlier command finished are not trained again."""
-    finished = {_Run(**{field: line[field] for field in IDENTITY}): line for line in work.lines(FINISHED)}
+    finished = {_Run(**{field: line[field] for field in IDENTITY}) for line in work.lines(FINISHED)}
     left = [run for run in runs if run not in finished]
     done = sum(judge.steps(run) for run in finished)
     lock, stop = threading.Lock(), threading.Event()

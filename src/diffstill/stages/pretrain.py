@@ -49,6 +49,8 @@ def _facts(made: Generator, real: Artifact) -> dict[str, object]:
     return {
         "frequency_shift": STOCK_FREQUENCY_SHIFT,
         "classes": real.facts["classes"],
+        "side": real.facts["side"],
+        "channels": real.facts["channels"],
         "null_label": made.null_label,
         "parameters_transformer": sum(weight.numel() for weight in made.transformer.parameters()),
         "parameters_vae": sum(weight.numel() for weight in made.vae.parameters()),

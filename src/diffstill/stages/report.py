@@ -30,7 +30,7 @@ CURVE_COLUMNS = ("step", "loss", "loss_real", "loss_gen", "memory_real", "memory
 _OUTCOMES = {
     "gain": "clearly better",
     "loss": "clearly worse",
-    "unclear": "the interval contains zero, so no difference is shown",
+    "unclear": "no difference shown",
     "unknown": "too few generation seeds for an interval, so no claim",
 }
 Accuracy = Field(ge=0.0, le=1.0)
@@ -279,11 +279,14 @@ def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
 
     No interval with fewer than two values on a side, or where nothing varies.
     """
-    points = 100 * (summary(values).mean - summary(base).mean)
-    if min(len(values), len(base)) < 2 or (np.ptp(values) == 0 and np.ptp(base) == 0):
+    ours, theirs = summary(values), summary(base)
+    points = 100 * (ours.mean - theirs.mean)
+    if ours.sd is None or theirs.sd is None or max(ours.sd, theirs.sd) < 1e-12:
         return Gain(points, None, None)
-    interval = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-    return Gain(points, 100 * float(interval.low), 100 * float(interval.high))
+    variances = ours.sd**2 / ours.runs, theirs.sd**2 / theirs.runs
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (ours.runs - 1) + variances[1] ** 2 / (theirs.runs - 1))
+    half = 100 * float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(variances))
+    return Gain(points, points - half, points + half)
 
 
 def _robust(run: Run, means: Mapping[tuple[str, str, int | None], float]) -> float | None:
@@ -413,7 +416,7 @@ def _headline(cells: Sequence[Cell]) -> Verdict:
     over_untuned = [cell.over_untuned.verdict for cell in cells if cell.source == "distilled" and cell.over_untuned]
     if not over_random:
         return Verdict("unknown", "These scores hold no distilled runs beside random real ones of the same size, so there is no verdict.")
-    text = f"Distilled images {_compared(over_random, 'as many random real images')}."
+    text = f"Distilled images {_compared(over_random, 'the same number of random real images')}."
     if over_untuned:
         text += f" They {_compared(over_untuned, 'images of the untuned generator')}."
     outcomes = set(over_random)
@@ -429,7 +432,7 @@ def _compared(outcomes: Sequence[str], other: str) -> str:
     if losses == all_of:
         return f"do worse than {other} in {place}"
     if not gains and not losses:
-        return f"are not shown to differ from {other} in {place.replace('all', 'any of')}"
+        return f"are not shown to differ from {other} in {place.replace('all', 'any of').replace('both comparisons', 'either comparison')}"
     parts = [f"beat {other} in {gains}" if gains else f"do worse than {other} in {losses}", f"of {all_of} comparisons"]
     rest = all_of - gains - losses
     more = [f"do worse in {losses}"] * bool(gains and losses) + [f"show no difference in {rest}"] * bool(rest)
@@ -502,13 +505,14 @@ def _grid(config: ReportConfig, inputs: Inputs) -> list[GridRow]:
         if name not in known or name not in classes or name not in inputs.untuned.facts["classes"]:
             raise DiffstillError(f"class {name!r} is not in all of images, distilled and untuned; sample both from the classes of the images")
     pixels, labels = load_split(inputs.images, "train")
+    shown = min(config.shown_per_class, inputs.distilled.facts["images_per_class"], inputs.untuned.facts["images_per_class"])
     return [
         GridRow(
             name,
             {
-                "Real": pixels[np.flatnonzero(labels == known.index(name))[: config.shown_per_class]],
-                "Untuned generator": _sampled(inputs.untuned, name, config.shown_per_class),
-                "Distilled": _sampled(inputs.distilled, name, config.shown_per_class),
+                "Real": pixels[np.flatnonzero(labels == known.index(name))[:shown]],
+                "Untuned generator": _sampled(inputs.untuned, name, shown),
+                "Distilled": _sampled(inputs.distilled, name, shown),
             },
         )
         for name in classes
@@ -520,7 +524,7 @@ def _sampled(distilled: Artifact, name: str, count: int) -> npt.NDArray[np.uint8
     folder = distilled.folder / f"seed-{distilled.facts['seeds'][0]}" / name
     mode = "L" if distilled.facts["channels"] == 1 else "RGB"
     pictures = []
-    for number in range(min(count, distilled.facts["images_per_class"])):
+    for number in range(count):
         with Image.open(folder / f"{number:05d}.png") as image:
             pictures.append(np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1))
     return np.stack(pictures)

@@ -79,6 +79,8 @@ def _facts(config: SampleConfig, made: Artifact, tuned: Artifact | None, classes
         "seeds": list(config.seeds),
         "images_per_class": config.images_per_class,
         "classes": list(classes.values()),
+        "side": made.facts["side"],
+        "channels": made.facts["channels"],
         "guidance": config.guidance,
         "sampler": config.sampler,
         "steps": config.steps,

@@ -1,0 +1,117 @@
+"""Noise-schedule maths in inverse pairs and limits; sampling against a sampler written out by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffstill.diffusion import add_noise, denoising_loss, drop_labels, guided, predicted_clean, sample_latents
+
+
+def test_predicted_clean_inverts_add_noise() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 4, 3, 3, generator=draws, dtype=torch.float64)
+    abar = torch.tensor([0.999, 0.7, 0.3, 0.01, 1e-4], dtype=torch.float64)
+    torch.testing.assert_close(predicted_clean(add_noise(x0, eps, abar), eps, abar), x0)
+
+
+def test_add_noise_at_its_limits_and_element_by_element() -> None:
+    x0, eps = torch.full((2, 1, 2, 2), 3.0), torch.full((2, 1, 2, 2), -2.0)
+    x_t = add_noise(x0, eps, torch.tensor([1.0, 0.0]))
+    assert torch.equal(x_t[0], x0[0])
+    assert torch.equal(x_t[1], eps[1])
+    half = add_noise(x0[:1], eps[:1], torch.tensor([0.36]))
+    assert half.flatten().tolist() == pytest.approx([0.6 * 3 - 0.8 * 2] * 4)
+
+
+def test_noise_keeps_unit_variance() -> None:
+    x0, eps = torch.randn(2, 2000, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    for abar in (0.9, 0.5, 0.1):
+        assert add_noise(x0, eps, torch.full((2000,), abar)).std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_denoising_loss_is_the_mean_over_all_elements() -> None:
+    eps_theta, eps = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[0.0, -1.0]]]])
+    assert denoising_loss(eps_theta, eps).item() == pytest.approx((1 + 9) / 2)
+
+
+def test_drop_labels_touches_only_the_dropped() -> None:
+    labels = torch.tensor([0, 1, 2, 1])
+    assert drop_labels(labels, torch.tensor([False, True, False, True]), 3).tolist() == [0, 3, 2, 3]
+
+
+def by_label(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """A network whose output is its label."""
+    return labels.reshape(-1, 1, 1, 1).expand_as(x_t).float()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+def test_guidance_extrapolates_from_the_null_label(guidance: float) -> None:
+    x_t = torch.zeros(2, 4, 1, 1)
+    eps = guided(by_label, x_t, torch.zeros(2), torch.tensor([1, 5]), 10, guidance)
+    assert eps.shape == x_t.shape
+    for row, label in zip(eps, (1, 5), strict=True):
+        assert row.flatten().tolist() == pytest.approx([10 + guidance * (label - 10)] * 4)  # on every latent channel
+
+
+def test_guidance_leaves_a_learned_variance_alone() -> None:
+    def with_variance(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([by_label(x_t, t, labels), 100 + by_label(x_t, t, labels)], dim=1)
+
+    out = guided(with_variance, torch.zeros(1, 2, 1, 1), torch.zeros(1), torch.tensor([1]), 10, 2.0)
+    assert out.flatten().tolist() == pytest.approx([-8, -8, 101, 101])
+
+
+class HalfScheduler:
+    """x <- x / 2 - output + noise, so that the whole path can be written down."""
+
+    init_noise_sigma = 2.0
+
+    def set_timesteps(self, steps: int) -> None:
+        self.timesteps = torch.arange(steps).flip(0)
+
+    def step(self, output: Tensor, t: Tensor, x_t: Tensor, generator: list[torch.Generator], return_dict: bool) -> tuple[Tensor]:
+        assert not return_dict
+        noise = torch.stack([torch.randn(x_t.shape[1:], generator=one) for one in generator])
+        return (x_t / 2 - output + noise,)
+
+
+def slow_sample(label: int, seed: int, steps: int, guidance: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x_t = 2.0 * torch.randn((1, 2, 2), generator=generator)
+    for _ in range(steps):
+        x_t = x_t / 2 - (10 + guidance * (label - 10)) + torch.randn((1, 2, 2), generator=generator)
+    return x_t
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_every_image_follows_its_own_noise(guidance: float) -> None:
+    labels, seeds = [3, 0, 3], [7, 8, 9]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = sample_latents(by_label, HalfScheduler(), torch.tensor(labels), generators, shape=(1, 2, 2), null_label=10, guidance=guidance, steps=4)
+    for image, label, seed in zip(drawn, labels, seeds, strict=True):
+        torch.testing.assert_close(image, slow_sample(label, seed, 4, guidance))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_samplers_recover_gaussian_data(sampler: str) -> None:
+    """With the exact noise prediction for data N(m, s^2), samples have that mean and spread."""
+    from diffstill.networks import build_scheduler
+
+    mean, spread, steps = 1.5, 0.4, 500 if sampler == "ddpm" else 50  # ancestral steps are narrow when few
+    config = SimpleNamespace(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").__dict__
+    scheduler = build_scheduler(sampler, config, learned_variance=False)
+    alphas_cumprod = scheduler.alphas_cumprod
+
+    def exact(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        abar = alphas_cumprod[t.long()].reshape(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x_t - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(200)]
+    x0 = sample_latents(exact, scheduler, torch.zeros(200, dtype=torch.long), generators, shape=(1, 4, 4), null_label=1, guidance=1.0, steps=steps)
+    assert x0.mean().item() == pytest.approx(mean, abs=4 * spread / math.sqrt(x0.numel()) + 0.02)
+    assert x0.std().item() == pytest.approx(spread, rel=0.12)

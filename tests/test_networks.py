@@ -1,0 +1,184 @@
+"""The DiT and the autoencoder: sharing, saving, DiffFit, and the folder that diffusers opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffstill.config import Params, preset
+from diffstill.errors import DiffstillError
+from diffstill.networks import (
+    DiTPipeline,
+    DiTTransformer2DModel,
+    Generator,
+    add_scales,
+    apply_delta,
+    build_scheduler,
+    build_transformer,
+    build_vae,
+    choose_trainable,
+    load_generator,
+    save_generator,
+)
+
+PRETRAIN = preset("tiny").pretrain
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    torch.manual_seed(0)
+    made = Generator(build_transformer(PRETRAIN, 3, 4), build_vae(PRETRAIN, 1, 8), SCHEDULE)
+    with torch.no_grad():  # adaLN-Zero starts at zero output; give every weight a say
+        for weight in made.transformer.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return made
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 4, 4, 4, generator=draws), torch.tensor([0, 1, 500, 900, 999]), torch.tensor([0, 1, 2, 3, 0])
+
+
+@torch.no_grad()
+def test_saved_and_loaded_predicts_the_same(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    again = load_generator(tmp_path)
+    assert torch.equal(generator.predict(*batch()), again.predict(*batch()))
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(generator.encode(images)[0], again.encode(images)[0])
+    assert again.null_label == 3
+    assert again.latent_shape == (4, 4, 4)
+    assert torch.equal(generator.alphas_cumprod(), again.alphas_cumprod())
+
+
+@torch.no_grad()
+def test_the_stock_pipeline_opens_the_folder_and_samples(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    pipeline = DiTPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([0, 2], guidance_scale=1, num_inference_steps=3).images
+    assert [(image.size, image.mode) for image in images] == [((8, 8), "L")] * 2
+    assert pipeline.get_label_ids(["c"]) == [2]
+    assert torch.equal(pipeline.transformer(batch()[0], timestep=batch()[1], class_labels=batch()[2]).sample, generator.predict(*batch()))
+
+
+def test_no_paths_in_the_saved_folder(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    assert str(tmp_path) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_one_embedder_is_shared_and_counts_once(generator: Generator) -> None:
+    embedders = {id(block.norm1.emb) for block in generator.transformer.transformer_blocks}
+    assert len(embedders) == 1
+    dim = 32
+    embedder = 256 * dim + dim + dim * dim + dim + 4 * dim
+    block = 4 * (dim * dim + dim) + (dim * 4 * dim + 4 * dim) + (4 * dim * dim + dim) + (dim * 6 * dim + 6 * dim)
+    ends = (4 * dim + dim) + (dim * 2 * dim + 2 * dim) + (dim * 4 + 4)
+    assert sum(weight.numel() for weight in generator.transformer.parameters()) == embedder + 2 * block + ends
+
+
+def test_labels_are_never_dropped_behind_our_back(generator: Generator) -> None:
+    assert not generator.transformer.training
+    first, second = generator.predict(*batch()), generator.predict(*batch())
+    assert torch.equal(first, second)
+
+
+def test_frequency_shift_changes_only_the_timestep_frequencies(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    embedder = load_generator(tmp_path, frequency_shift=0.0).transformer.transformer_blocks[0].norm1.emb.time_proj
+    t = torch.tensor([10.0, 500.0])
+    frequencies = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(128) / 128)  # original DiT: exponent k / half
+    angles = t[:, None] * frequencies
+    torch.testing.assert_close(embedder(t), torch.cat([angles.cos(), angles.sin()], dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_difffit_starts_as_the_identity_and_counts(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    loaded = load_generator(tmp_path).transformer
+    chosen = choose_trainable(loaded, "difffit")
+    x, t, labels = batch()
+    assert torch.equal(loaded(x, timestep=t, class_labels=labels).sample, generator.predict(x, t, labels))
+    dim = 32
+    biases = 2 * (4 * dim + 4 * dim + dim + 6 * dim) + 2 * dim + dim + 2 * dim + 4
+    assert sum(weight.numel() for weight in chosen.values()) == biases + 4 * dim + 1 * 6 * dim  # label table; scales in half of two blocks
+    assert {name for name, weight in loaded.named_parameters() if weight.requires_grad} == set(chosen)
+
+
+def test_difffit_counts_of_dit_xl_2_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+        for block in transformer.transformer_blocks:
+            block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
+        assert sum(weight.numel() for weight in transformer.parameters()) == 674_834_720
+        assert sum(weight.numel() for weight in choose_trainable(transformer, "difffit").values()) == 1_739_552
+
+
+def test_a_delta_carries_the_change_over(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    trained, fresh = load_generator(tmp_path).transformer, load_generator(tmp_path).transformer
+    chosen = choose_trainable(trained, "difffit")
+    with torch.no_grad():
+        for weight in chosen.values():
+            weight.add_(0.1)
+    apply_delta(fresh, {name: weight.detach().clone() for name, weight in chosen.items()})
+    x, t, labels = batch()
+    assert torch.equal(trained(x, timestep=t, class_labels=labels).sample, fresh(x, timestep=t, class_labels=labels).sample)
+    assert not torch.equal(fresh(x, timestep=t, class_labels=labels).sample, generator.predict(x, t, labels))
+
+
+def test_scales_multiply_each_of_their_places(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    scaled, folded = load_generator(tmp_path).transformer, load_generator(tmp_path).transformer
+    add_scales(scaled)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in scaled.named_parameters():
+            if name.endswith("difffit_scale"):
+                weight.copy_(1 + 0.3 * torch.randn(weight.shape, generator=draws))
+        block, plain = scaled.transformer_blocks[0], folded.transformer_blocks[0]
+        for linear, scales in (
+            (plain.attn1.to_q, [block.attn1.to_q]),
+            (plain.attn1.to_k, [block.attn1.to_k]),
+            (plain.attn1.to_v, [block.attn1.to_v]),
+            (plain.attn1.to_out[0], [block.attn1.to_out[0], block.attn1]),
+            (plain.ff.net[2], [block.ff]),
+        ):
+            for scale in scales:
+                linear.weight.mul_(scale.difffit_scale[:, None])
+                linear.bias.mul_(scale.difffit_scale)
+        x, t, labels = batch()
+        torch.testing.assert_close(scaled(x, timestep=t, class_labels=labels).sample, folded(x, timestep=t, class_labels=labels).sample)
+
+
+def test_refusals(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(DiffstillError, match="not a diffusers DiTPipeline folder"):
+        load_generator(tmp_path / "nothing")
+    with pytest.raises(DiffstillError, match="does not fit this generator"):
+        apply_delta(generator.transformer, {"unknown.weight": torch.zeros(1)})
+    with pytest.raises(DiffstillError, match="cannot be halved"):
+        build_vae(PRETRAIN, 1, 9)
+    odd = Params.model_validate_json(json.dumps({"pretrain": {"dit": {"patch": 3}}})).pretrain
+    with pytest.raises(DiffstillError, match="does not divide"):
+        build_transformer(odd, 3, 4)
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    stock = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer", low_cpu_mem_usage=False)
+    with torch.no_grad():
+        stock.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.add_(1)
+    stock.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(DiffstillError, match="block 1"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_schedulers_run_down_to_the_last_step(sampler: str) -> None:
+    scheduler = build_scheduler(sampler, SCHEDULE, learned_variance=False)
+    scheduler.set_timesteps(20)
+    assert len(scheduler.timesteps) == 20
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.timesteps[-1] == 49
+    assert (scheduler.timesteps.diff() < 0).all()
