@@ -21,10 +21,12 @@ demo: setup  ## the whole chain on the embedded digits, in build/demo
 	@mkdir -p $(DEMO)
 	@cp dvc.yaml params.yaml $(DEMO)/
 	@ln -sfn ../../src $(DEMO)/src
-	@cd $(DEMO) && PATH="$(CURDIR)/$(BIN):$$PATH" && export PATH && { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.analytics false && dvc repro && diffstill summary
+	@cd $(DEMO) && export PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 \
+		&& { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.check_update false \
+		&& dvc repro && diffstill summary
 
 test: setup  ## all tests that need no service of their own
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffstill.memory import TIE, ClassMemory, diversity, representativeness
+from diffstill.memory import ClassMemory, diversity, representativeness
+from slow_memory import SlowMemory
 
 DIM = 6
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)))
-
-
-class SlowMemory:
-    """Lists, and every similarity computed anew from the definition."""
-
-    def __init__(self, capacity: int, policy: str) -> None:
-        self.capacity, self.policy = capacity, policy
-        self.entries: dict[int, list[list[float]]] = {}
-
-    def add(self, vectors: Tensor, labels: Tensor) -> None:
-        for vector, label in zip(vectors.tolist(), labels.tolist(), strict=True):
-            own = self.entries.setdefault(label, [])
-            own.append(vector)
-            while len(own) > self.capacity:
-                own.pop(self.leaver(own))
-
-    def leaver(self, own: list[list[float]]) -> int:
-        if self.policy == "fifo":
-            return 0
-        sums = [sum(cosine(entry, other) for other in own) for entry in own]
-        return next(number for number, value in enumerate(sums) if value >= max(sums) - TIE)
-
-    def term(self, x0_hat: Tensor, labels: Tensor, kind: str) -> float:
-        total, present = 0.0, sorted(set(labels.tolist()))
-        for label in present:
-            entries = self.entries.get(label, [])
-            if not entries:
-                continue
-            mine = [vector for vector, of in zip(x0_hat.tolist(), labels.tolist(), strict=True) if of == label]
-            pairs = [cosine(vector, entry) for vector in mine for entry in entries]
-            total += 1 - min(pairs) if kind == "real" else max(pairs)
-        return total / len(present)
 
 
 def contents(memory: ClassMemory, label: int) -> Tensor:
@@ -65,7 +27,9 @@ def expected(slow: SlowMemory, label: int) -> Tensor:
 
 @pytest.mark.parametrize("policy", ["redundancy", "fifo"])
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), capacity=st.integers(1, 5), classes=st.integers(1, 3), batches=st.lists(st.integers(0, 7), min_size=1, max_size=6))
+@given(
+    seed=st.integers(0, 10_000), capacity=st.integers(1, 5), classes=st.integers(1, 3), batches=st.lists(st.integers(0, 7), min_size=1, max_size=6)
+)
 def test_memory_and_terms_agree_with_the_loops(policy: str, seed: int, capacity: int, classes: int, batches: list[int]) -> None:
     draws = torch.Generator().manual_seed(seed)
     fast, slow = ClassMemory(classes, capacity, DIM, policy), SlowMemory(capacity, policy)  # type: ignore[arg-type]

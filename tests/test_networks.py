@@ -111,7 +111,9 @@ def test_difffit_starts_as_the_identity_and_counts(generator: Generator, tmp_pat
 
 def test_difffit_counts_of_dit_xl_2_on_the_meta_device() -> None:
     with torch.device("meta"):
-        transformer = DiTTransformer2DModel(num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+        transformer = DiTTransformer2DModel(
+            num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_embeds_ada_norm=1000
+        )
         for block in transformer.transformer_blocks:
             block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
         assert sum(weight.numel() for weight in transformer.parameters()) == 674_834_720

@@ -203,7 +203,7 @@ def to_unit(pixels: Array) -> npt.NDArray[np.float32]:
 
 
 def to_pixels(unit: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """float -1..1 (clipped) to uint8 0..255. Inverse of `to_unit`."""
+    """Float -1..1 (clipped) to uint8 0..255. Inverse of `to_unit`."""
     return np.rint((unit.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 

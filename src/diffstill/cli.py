@@ -8,10 +8,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from diffstill import __version__
 from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, render_params
@@ -37,6 +37,8 @@ PATHS = {
     "report": "tables, figures and the page, from `report`",
 }
 FOLDER = click.Path(path_type=Path, file_okay=False)
+COMPLETERS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions or choose another folder"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "choose another folder"),
@@ -80,13 +82,13 @@ def main(verbose: bool, quiet: bool) -> None:
     logging.getLogger("diffstill").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
-def _params_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def _params_option(command: Command) -> Command:
     return click.option(
         "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
     )(command)
 
 
-def _device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def _device_option(command: Command) -> Command:
     return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")(command)
 
 
@@ -130,9 +132,7 @@ def _stage_command(name: str) -> click.Command:
         run_stage(name, params, given, step=step, device=_resolve_device(device) if stage.on_device else "cpu", **options)
 
     command = click.Command(name, params=options, callback=callback, help=f"{SUMMARIES[name]}\n\n{_knobs(name)}", short_help=SUMMARIES[name])
-    decorated = _params_option(_device_option(command) if stage.on_device else command)
-    assert isinstance(decorated, click.Command)
-    return decorated
+    return _params_option(_device_option(command) if stage.on_device else command)
 
 
 def _knobs(stage: str) -> str:
@@ -216,8 +216,8 @@ def _refuse_changed(output: Path, wanted: Params) -> None:
         raise DiffstillError(f"{output}: exists and cannot be read as parameters; move it away or use --force") from error
     if present == wanted or any(present == preset(name) for name in PRESETS):
         return
-    names = dict((name, value) for name, value, _ in _described(wanted))
-    changed = [f"{name} = {json.dumps(value)}" for name, value, _ in _described(present) if value != names[name]]
+    values = {name: value for name, value, _ in _described(wanted)}
+    changed = [f"{name} = {json.dumps(value)}" for name, value, _ in _described(present) if value != values[name]]
     raise DiffstillError(
         f"{output}: holds values of its own ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}); use --force to overwrite them"
     )
@@ -233,9 +233,7 @@ def doctor() -> None:
 
 
 @main.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(list(COMPLETERS)))
 def completion(shell: str) -> None:
     """Print a completion script: `diffstill completion bash >> ~/.bashrc`."""
-    completer = get_completion_class(shell)
-    assert completer is not None
-    click.echo(completer(main, {}, "diffstill", "_DIFFSTILL_COMPLETE").source())
+    click.echo(COMPLETERS[shell](main, {}, "diffstill", "_DIFFSTILL_COMPLETE").source())

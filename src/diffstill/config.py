@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError
 from diffstill.protocols import PROTOCOLS, protocol
@@ -59,12 +61,12 @@ class VaeConfig(Section):
     """The small autoencoder, trained from scratch."""
 
     channels: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        (32, 64), description="widths per resolution; each after the first halves the side"
+        (16, 32), description="widths per resolution; each after the first halves the side"
     )
     layers: Count = Field(1, description="residual blocks per resolution")
     latent_channels: Count = Field(4, description="channels of the latent")
-    steps: Count = Field(600, description="optimiser steps")
-    batch_size: Count = Field(64, description="images per step")
+    steps: Count = Field(400, description="optimiser steps")
+    batch_size: Count = Field(32, description="images per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW learning rate, cosine to zero")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-4, description="weight of the KL term beside the mean squared error")
     ema_decay: Fraction = Field(0.99, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
@@ -73,13 +75,13 @@ class VaeConfig(Section):
 class DitConfig(Section):
     """The small class-conditional diffusion transformer, trained from scratch."""
 
-    layers: Count = Field(4, description="transformer blocks")
-    heads: Count = Field(4, description="attention heads")
+    layers: Count = Field(3, description="transformer blocks")
+    heads: Count = Field(3, description="attention heads")
     head_dim: Count = Field(32, description="width per head")
-    patch: Count = Field(1, description="latent pixels per token side")
-    steps: Count = Field(1500, description="optimiser steps")
+    patch: Count = Field(2, description="latent pixels per token side")
+    steps: Count = Field(1000, description="optimiser steps")
     batch_size: Count = Field(64, description="latents per step")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, cosine to zero")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="AdamW learning rate, cosine to zero")
     label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label (classifier-free guidance)")
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
 
@@ -95,7 +97,7 @@ class PretrainConfig(Section):
     vae: VaeConfig = Field(VaeConfig(), description="the autoencoder (source: scratch)")
     dit: DitConfig = Field(DitConfig(), description="the diffusion transformer (source: scratch)")
     seed: Seed = Field(0, description="seed of weights and draws")
-    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    threads: Count = Field(1, description="CPU threads; another number may change rounding")
     checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
 
     @model_validator(mode="after")
@@ -112,17 +114,17 @@ class EncodeConfig(Section):
 
     batch_size: Count = Field(256, description="images per pass through the autoencoder")
     shard_size: Count = Field(4096, description="images per shard file")
-    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
 
 class FinetuneConfig(Section):
     """The paper's objective: diffusion loss, representativeness and diversity against two memories."""
 
     seeds: Seeds = Field((0,), description="one fine-tune per seed; generation seed number i samples from fine-tune i, or from the only one")
-    steps: Count = Field(600, description="optimiser steps")
+    steps: Count = Field(400, description="optimiser steps")
     batch_size: Count = Field(32, description="latents per step")
     balanced: bool = Field(False, description="draw the same number of images of every class into each batch")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
     trainable: Literal["difffit", "all"] = Field("difffit", description="difffit = biases, label table and scale vectors; all = every weight")
     label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label; such samples never meet the memories")
@@ -143,7 +145,7 @@ class FinetuneConfig(Section):
     )
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
     log_every: Count = Field(5, description="steps between lines of metrics.csv")
-    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    threads: Count = Field(1, description="CPU threads; another number may change rounding")
     checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
 
 
@@ -152,12 +154,12 @@ class SampleConfig(Section):
 
     images_per_class: Count = Field(10, description="IPC: images per class; a smaller set is contained in a larger one")
     seeds: Seeds = Field((0, 1, 2), description="generation seeds: one complete set of images for each")
-    guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="classifier-free guidance scale; 1 = none")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.5, description="classifier-free guidance scale; 1 = none")
     sampler: Literal["ddpm", "ddim", "dpm++"] = Field("ddim", description="ddpm (ancestral), ddim or dpm++ (deterministic)")
     steps: Count = Field(25, description="sampling steps")
     classes: tuple[str, ...] | None = Field(None, description="sample these classes only; null = all")
     chunk_size: Count = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
-    threads: Count = Field(2, description="CPU threads; another number may change rounding")
+    threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
 
 class EvaluateConfig(Section):
@@ -234,19 +236,19 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fashion-mnist": {
         "prepare": {"source": "fashion-mnist", "side": 28, "flip": True, "shard_size": 16384},
         "pretrain": {
-            "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
-            "dit": {"heads": 6, "layers": 6, "steps": 12000, "learning_rate": 5e-4},
+            "vae": {"channels": [8, 16, 32], "steps": 1500, "batch_size": 32},
+            "dit": {"layers": 4, "patch": 1, "steps": 5000, "learning_rate": 1e-3},
         },
         "encode": {"shard_size": 16384},
-        "finetune": {"steps": 2000, "batch_size": 64},
-        "sample": {"images_per_class": 50},
-        "evaluate": {"students": ["convnet-3"], "images_per_class": [1, 10, 50], "protocol": "short-500"},
+        "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4},
+        "sample": {"images_per_class": 50, "guidance": 2.0},
+        "evaluate": {"students": ["convnet-3"], "images_per_class": [1, 10, 50], "protocol": "short-200"},
     },
     "folder": {
         "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
         "pretrain": {
             "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
-            "dit": {"heads": 6, "layers": 6, "steps": 10000, "learning_rate": 5e-4},
+            "dit": {"layers": 6, "heads": 6, "patch": 1, "steps": 10000, "learning_rate": 5e-4},
         },
         "finetune": {"steps": 1000, "batch_size": 64},
         "evaluate": {"students": ["convnet-3"], "protocol": "short-500"},
@@ -348,11 +350,12 @@ def _commented(section: Section, indent: int = 0) -> CommentedMap:
 
 
 def _flow(value: Any) -> Any:
-    from ruamel.yaml.comments import CommentedSeq
-
+    """`value` as YAML shows it: a tuple in one line, odd text in quotes (ruamel writes some of it so that it is read as a mapping)."""
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z][\w.+-]*", value) else DoubleQuotedScalarString(value)
     if not isinstance(value, tuple):
         return value
-    sequence = CommentedSeq(value)
+    sequence = CommentedSeq(map(_flow, value))
     sequence.fa.set_flow_style()
     return sequence
 

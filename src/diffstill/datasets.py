@@ -192,7 +192,7 @@ def divide(
     Which images are cut depends on the seed, the class name and the size of the class alone, so not on `prepare.classes`.
     """
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
-    cuts = {name: fraction for name, fraction in fractions.items() if name not in brought and fraction > 0}
+    cuts = {name: fraction for name, fraction in fractions.items() if name not in brought}
     assigned = origin.copy()
     for label, name in enumerate(classes):
         for split in brought:
@@ -210,10 +210,9 @@ def divide(
 
 def _refuse_few(name: str, count: int, cuts: Mapping[str, float]) -> None:
     if count < 1 + len(cuts):
-        knobs = "".join(f", set `prepare.{split}_fraction` to 0" for split in cuts)
         raise DiffstillError(
             f"class {name!r} has {count} readable training image{'' if count == 1 else 's'}, but {1 + len(cuts)} are needed, "
-            f"at least one each for {', '.join(['train', *cuts])}; add images{knobs}, or leave the class out with `prepare.classes`"
+            f"at least one each for {', '.join(['train', *cuts])}; add images, or leave the class out with `prepare.classes`"
         )
 
 
@@ -222,8 +221,6 @@ def _describe(brought: Mapping[str, str], config: PrepareConfig) -> str:
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split in brought:
             parts.append(f"{split} is {brought[split]}")
-        elif fraction == 0:
-            parts.append(f"{split} is empty (fraction 0)")
         else:
             rest = " that is left" if split == "val" and "test" not in brought else ""
             parts.append(f"{split} is a share of {fraction:g} of each class of the training images{rest}, drawn with seed {config.seed}")

@@ -22,8 +22,13 @@ class Scheduler(Protocol):
     timesteps: Tensor
     init_noise_sigma: Any
 
-    def set_timesteps(self, num_inference_steps: int) -> None: ...
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any: ...
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Choose the timesteps of a run."""
+        ...
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+        """Go from x_t to the x of the next timestep."""
+        ...
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

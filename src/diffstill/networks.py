@@ -22,7 +22,7 @@ from diffstill.errors import DiffstillError
 if TYPE_CHECKING:
     from diffstill.config import PretrainConfig
 
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
 STOCK_FREQUENCY_SHIFT = 1.0
 """diffusers' timestep frequencies; weights from the original DiT code need 0, which no diffusers config records."""
@@ -49,7 +49,7 @@ class Generator:
 
     @property
     def learned_variance(self) -> bool:
-        """Does the transformer predict a variance beside the noise?"""
+        """Whether the transformer predicts a variance beside the noise."""
         return bool(self.transformer.out_channels == 2 * self.transformer.config.in_channels)
 
     def alphas_cumprod(self) -> Tensor:
@@ -120,11 +120,13 @@ def build_transformer(config: PretrainConfig, classes: int, latent_side: int) ->
 
 
 def _zero_init(transformer: Any) -> None:
-    """adaLN-Zero (DiT, section 3.2): every block starts as the identity, and the output starts at zero."""
+    """adaLN-Zero (DiT, section 3.2): every block starts as the identity, and the output starts at zero.
+
+    The label table keeps torch's N(0, 1), not the original 0.02: in a short training labels are then learned, not ignored.
+    """
     for layer in (*(block.norm1.linear for block in transformer.transformer_blocks), transformer.proj_out_1, transformer.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    nn.init.normal_(transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight, std=0.02)
 
 
 def _share_embedder(transformer: Any) -> Any:
@@ -179,7 +181,7 @@ def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT)
 
 
 def build_scheduler(sampler: str, config: Mapping[str, Any], *, learned_variance: bool) -> Any:
-    """diffusers' scheduler for `sampler` (`ddpm`, `ddim`, `dpm++`) over the betas of `config`.
+    """The scheduler of diffusers for `sampler` (`ddpm`, `ddim`, `dpm++`) over the betas of `config`.
 
     Timesteps are spaced `trailing`, from T-1 down to the last before 0; predictions are not clipped. Only `ddpm` uses
     a learned variance (`learned_range`); give the others the noise alone.

@@ -70,6 +70,9 @@ def chain(params: Params) -> list[Step]:
     judged = [(source, student) for source in ("distilled", "untuned") for student in students]
     return [
         Step("prepare", "prepare", {"images": "images"}),
+        *(  # first, so that a baseline that cannot be drawn is known before the long stages
+            Step(f"evaluate-real@{student}", "evaluate", {"images": "images", "scores": f"scores/real-{student}"}, student) for student in students
+        ),
         Step("pretrain", "pretrain", {"images": "images", "generator": "generator"}),
         Step("encode", "encode", {"images": "images", "generator": "generator", "latents": "latents"}),
         Step("finetune", "finetune", {"latents": "latents", "generator": "generator", "denoiser": "denoiser"}),
@@ -81,7 +84,6 @@ def chain(params: Params) -> list[Step]:
             )
             for source, student in judged
         ),
-        *(Step(f"evaluate-real@{student}", "evaluate", {"images": "images", "scores": f"scores/real-{student}"}, student) for student in students),
         Step("report", "report", {**{name: name for name in STAGES["report"].inputs}, "scores": tuple(score_names(students)), "report": "report"}),
     ]
 
@@ -131,9 +133,9 @@ def run_stage(
     config = params.section(name)
     if stage.on_device:
         options["device"] = device
-    started = time.monotonic()
     log.info("%s ...", step)
     with stage_run(step, params, config) as run:
+        started = time.monotonic()
         metrics: dict[str, float] = function(config, **paths, record=_Listener(run), **options)
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if run:
@@ -174,7 +176,7 @@ def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
 
 
 def _is_current(step: Step, params: Params, root: Path) -> bool:
-    """Is the step's artifact whole, made by these settings, from the inputs that lie there now?"""
+    """Whether the step's artifact is whole, and made by these settings from the inputs that lie there now."""
     stage, output = STAGES[step.stage], step.output(root)
     if not (output / MANIFEST).is_file():
         return False

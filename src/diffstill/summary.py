@@ -16,7 +16,7 @@ SOURCES = {"random": "random real", "untuned": "untuned generator", "distilled":
 
 
 def print_summary(artifacts: Path) -> None:
-    """Print mean and sample standard deviation per source, student and IPC, and the paths of the results.
+    """Print mean and sample standard deviation per source, student and IPC, and the absolute paths of the results.
 
     Raises `DiffstillError` where there is no whole report.
     """
@@ -25,9 +25,9 @@ def print_summary(artifacts: Path) -> None:
         rows = list(csv.DictReader(file))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_table(rows))
-    console.print(f"report     {report.folder / 'report.html'}")
+    console.print(f"report     {report.folder.absolute() / 'report.html'}")
     for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
-        console.print(f"distilled  {artifacts / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
+        console.print(f"distilled  {artifacts.absolute() / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
     if tracking_uri().startswith("sqlite:"):
         console.print(f"MLflow     mlflow ui --backend-store-uri {tracking_uri()}")
     elif tracking_uri() != OFF:

@@ -1,0 +1,204 @@
+"""Fine-tuning: one step against a slow reference, memories, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Chain, contents
+from diffstill.artifacts import open_artifact
+from diffstill.config import FinetuneConfig, Params
+from diffstill.errors import DiffstillError
+from diffstill.networks import load_generator
+from diffstill.record import Progress
+from diffstill.stages.finetune import METRICS, _Finetune, _Latents, finetune
+from slow_memory import SlowMemory
+
+pytestmark = pytest.mark.xdist_group("chain")
+
+
+def settings_of(chain: Chain, **changes: Any) -> FinetuneConfig:
+    values = chain.params.model_dump(mode="json")
+    values["finetune"] |= changes
+    return Params.model_validate_json(json.dumps(values)).finetune
+
+
+def tuning(chain: Chain, seed: int = 0, **changes: Any) -> _Finetune:
+    torch.set_num_threads(1)
+    latents = _Latents.open(open_artifact(chain.artifacts / "latents", "latents"), "cpu")
+    return _Finetune(settings_of(chain, **changes), seed, latents, load_generator(chain.artifacts / "generator"))
+
+
+@pytest.mark.parametrize("policy", ["redundancy", "fifo"])
+@pytest.mark.parametrize("max_timestep", [None, 400])
+def test_every_step_is_the_equation(tiny_chain: Chain, policy: str, max_timestep: int | None) -> None:
+    """L = L_diffusion + lambda_real mean_c L_real + lambda_gen mean_c L_gen: values and gradients, at and over capacity."""
+    config = {
+        "policy": policy,
+        "max_timestep": max_timestep,
+        "lambda_real": 0.7,
+        "lambda_gen": 1.3,
+        "batch_size": 9,
+        "steps": 6,
+        "capacity_real": 3,
+        "capacity_gen": 2,
+    }
+    fast = tuning(tiny_chain, **config)
+    real, gen = SlowMemory(3, policy), SlowMemory(2, policy)
+    for step in range(6):
+        batch, network = fast.draw(step), fast.opened
+        abar = fast.alphas_cumprod[batch.t].reshape(-1, 1, 1, 1)
+        x_t = abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.eps
+        labels = torch.tensor([3 if dropped else label for label, dropped in zip(batch.labels.tolist(), batch.dropped.tolist(), strict=True)])
+        eps_theta = network.transformer(x_t, timestep=batch.t, class_labels=labels).sample
+        x0_hat = ((x_t - (1 - abar).sqrt() * eps_theta) / abar.sqrt()).flatten(1)
+        usable = torch.tensor([not dropped and (max_timestep is None or t < max_timestep) for dropped, t in zip(batch.dropped, batch.t, strict=True)])
+        met, of = x0_hat[usable], batch.labels[usable]
+        loss_real = real.term(met.detach(), of, "real") if len(of) else 0.0
+        loss_gen = gen.term(met.detach(), of, "gen") if len(of) else 0.0
+        diffusion = (eps_theta - batch.eps).square().mean()
+        fast.step()
+        logged = dict(zip(METRICS, fast.history[step].tolist(), strict=True))
+        assert logged["loss"] == pytest.approx(diffusion.item(), rel=1e-4)
+        assert logged["loss_real"] == pytest.approx(loss_real, abs=1e-4)
+        assert logged["loss_gen"] == pytest.approx(loss_gen, abs=1e-4)
+        real.add(batch.x0.flatten(1), batch.labels)
+        gen.add(met.detach(), of)
+        assert logged["memory_real"] == pytest.approx(sum(map(len, real.entries.values())) / 3)
+        assert logged["memory_gen"] == pytest.approx(sum(map(len, gen.entries.values())) / 3)
+
+
+def test_the_gradient_is_that_of_the_whole_sum(tiny_chain: Chain) -> None:
+    config = {"lambda_real": 0.7, "lambda_gen": 1.3, "steps": 3}
+    fast = tuning(tiny_chain, **config)
+    fast.step()
+    name, weight = next((name, weight) for name, weight in zip(fast.names, fast.training.weights, strict=True) if name.endswith("proj_out_2.bias"))
+    assert name
+    before = weight.detach().clone()
+    total_at = {}
+    for sign in (1, -1):  # numerically: move one weight up and down, at the same memories and draws
+        with torch.no_grad():
+            weight.copy_(before)
+            weight[0] += sign * 1e-3
+        twin = tuning(tiny_chain, **config)
+        twin.training.load({key: value for key, value in fast._state().items() if not key.startswith("memory")})
+        for which, memory in twin.memories.items():
+            memory.load_state(fast.memories[which].state())
+        twin.training.done = 1
+        twin.step()
+        loss, loss_real, loss_gen = twin.history[1, :3].tolist()
+        total_at[sign] = loss + 0.7 * loss_real + 1.3 * loss_gen
+    with torch.no_grad():
+        weight.copy_(before)
+    fast.step()
+    assert weight.grad is not None
+    assert weight.grad[0].item() == pytest.approx((total_at[1] - total_at[-1]) / 2e-3, rel=0.05, abs=2e-3)
+
+
+def test_draws_depend_on_seed_and_step_alone(tiny_chain: Chain) -> None:
+    one, other = tuning(tiny_chain), tuning(tiny_chain)
+    other.step()
+    for a, b in zip(vars(one.draw(5)).values(), vars(other.draw(5)).values(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one.draw(5).eps, one.draw(6).eps)
+    assert not torch.equal(one.draw(5).eps, tuning(tiny_chain, seed=1).draw(5).eps)
+
+
+def test_an_epoch_meets_every_image_once(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, batch_size=8)
+    images = len(run.data.labels)
+    from diffstill.training import batch_indices
+
+    rows = torch.cat([batch_indices(images, 0, step, 8) for step in range(-(-images // 8))])[:images]
+    assert rows.sort().values.tolist() == list(range(images))
+
+
+def test_balanced_batches(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, balanced=True, batch_size=12)
+    for step in range(3):
+        assert run.draw(step).labels.bincount().tolist() == [4, 4, 4]
+    with pytest.raises(DiffstillError, match="multiple of the 3 classes"):
+        tuning(tiny_chain, balanced=True, batch_size=10)
+
+
+def test_no_policy_no_terms(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, policy="none", steps=3)
+    for _ in range(3):
+        run.step()
+    assert run.history[:, 1:].abs().max() == 0
+    assert run.history[:, 0].min() > 0
+
+
+def test_with_update_epoch_the_memories_fill_when_the_epoch_ends(tiny_chain: Chain) -> None:
+    images = len(tuning(tiny_chain).data.labels)
+    size = images // 3 + 1  # an epoch ends within the third step
+    run = tuning(tiny_chain, update="epoch", batch_size=size, steps=4, capacity_real=64, capacity_gen=64, epoch_candidates=20)
+    for _ in range(4):
+        run.step()
+    fill = run.history[:, METRICS.index("memory_real")].tolist()
+    assert fill[:2] == [0, 0]
+    assert fill[2] == 20  # the newest candidates of each class, bounded
+    assert run.history[2, 1] == 0 < run.history[3, 1]  # compared from the next step on
+
+
+class _Killed(BaseException):
+    pass
+
+
+class KillAfter:
+    """A record that stops the stage in the middle, like a kill between two steps."""
+
+    def __init__(self, updates: int) -> None:
+        self.left = updates
+
+    def metrics(self, values: Any, step: int) -> None: ...
+
+    def file(self, path: Path) -> None: ...
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+        yield self
+
+    def update(self, n: int = 1) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise _Killed
+
+
+@pytest.mark.parametrize("update", ["step", "epoch"])
+def test_a_killed_run_goes_on_and_ends_alike(tiny_chain: Chain, tmp_path: Path, update: str) -> None:
+    config = settings_of(tiny_chain, update=update, checkpoint_every=3, steps=11, batch_size=60)
+    inputs = {"latents": tiny_chain.artifacts / "latents", "generator": tiny_chain.artifacts / "generator"}
+    finetune(config, **inputs, denoiser=tmp_path / "whole")
+    with pytest.raises(_Killed):
+        finetune(config, **inputs, denoiser=tmp_path / "again", record=KillAfter(7))
+    assert not (tmp_path / "again").exists()
+    steps_left = KillAfter(5)  # 11 steps, 6 of them in the last checkpoint
+    finetune(config, **inputs, denoiser=tmp_path / "again", record=steps_left)
+    assert steps_left.left == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_one_fine_tune_per_seed(tiny_chain: Chain, tmp_path: Path) -> None:
+    inputs = {"latents": tiny_chain.artifacts / "latents", "generator": tiny_chain.artifacts / "generator"}
+    finetune(settings_of(tiny_chain, seeds=[0, 5], steps=3), **inputs, denoiser=tmp_path / "two")
+    finetune(settings_of(tiny_chain, seeds=[5], steps=3), **inputs, denoiser=tmp_path / "one")
+    two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
+    assert two["seed-5/delta.safetensors"] == one["seed-5/delta.safetensors"] != two["seed-0/delta.safetensors"]
+
+
+def test_latents_of_another_generator_are_refused(tiny_chain: Chain, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_chain.artifacts / "generator", tmp_path / "generator")
+    manifest = tmp_path / "generator" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"null_label": 3', '"null_label": 4'))
+    with pytest.raises(DiffstillError, match="another generator"):
+        finetune(tiny_chain.params.finetune, latents=tiny_chain.artifacts / "latents", generator=tmp_path / "generator", denoiser=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

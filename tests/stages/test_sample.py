@@ -1,0 +1,104 @@
+"""Distilled sets: nested, independent of batches, open to other libraries."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import Chain, contents
+from diffstill import torchvision_shim  # noqa: F401
+from diffstill.artifacts import open_artifact
+from diffstill.config import Params, SampleConfig
+from diffstill.errors import DiffstillError
+from diffstill.stages.finetune import finetune
+from diffstill.stages.sample import sample
+
+pytestmark = pytest.mark.xdist_group("chain")
+
+
+def draw(chain: Chain, folder: Path, *, tuned: bool = True, denoiser: Path | None = None, **changes: Any) -> dict[str, str]:
+    values = chain.params.model_dump(mode="json")
+    values["sample"] |= changes
+    values["evaluate"]["images_per_class"] = [1]
+    config: SampleConfig = Params.model_validate_json(json.dumps(values)).sample
+    denoiser = denoiser or (chain.artifacts / "denoiser" if tuned else None)
+    sample(config, generator=chain.artifacts / "generator", denoiser=denoiser, distilled=folder)
+    return {name: digest for name, digest in contents(folder).items() if name.endswith(".png") and "/" in name}
+
+
+def test_a_smaller_set_is_contained_in_a_larger_one(tiny_chain: Chain, tmp_path: Path) -> None:
+    small, large = draw(tiny_chain, tmp_path / "small", images_per_class=2), draw(tiny_chain, tmp_path / "large", images_per_class=5)
+    assert len(small) == 2 * 3 * 2
+    assert len(large) == 2 * 3 * 5
+    assert small.items() <= large.items()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_one_class_and_one_seed_give_the_same_images(tiny_chain: Chain, tmp_path: Path, sampler: str) -> None:
+    every = draw(tiny_chain, tmp_path / "all", sampler=sampler)
+    one = draw(tiny_chain, tmp_path / "one", sampler=sampler, classes=["2"], seeds=[1])
+    assert len(one) == 2
+    assert one.items() <= every.items()
+
+
+def test_images_differ_between_seeds_numbers_and_denoisers(tiny_chain: Chain, tmp_path: Path) -> None:
+    tuned, untuned = draw(tiny_chain, tmp_path / "tuned"), draw(tiny_chain, tmp_path / "untuned", tuned=False)
+    assert len(set(tuned.values())) == len(tuned)
+    assert tuned.keys() == untuned.keys()
+    assert tuned != untuned
+    assert open_artifact(tmp_path / "tuned", "distilled").facts["source"] == "distilled"
+    assert open_artifact(tmp_path / "untuned", "distilled").facts["source"] == "untuned"
+
+
+def test_each_generation_seed_takes_its_own_fine_tune(tiny_chain: Chain, tmp_path: Path) -> None:
+    values = tiny_chain.params.model_dump(mode="json")
+    inputs = {"latents": tiny_chain.artifacts / "latents", "generator": tiny_chain.artifacts / "generator"}
+    for name, seeds in (("both", [0, 1]), ("second", [1])):
+        values["finetune"] |= {"seeds": seeds, "steps": 4, "learning_rate": 0.05}
+        finetune(
+            Params.model_validate_json(json.dumps(values | {"sample": {**values["sample"], "seeds": seeds}})).finetune,
+            **inputs,
+            denoiser=tmp_path / name,
+        )
+    both = draw(tiny_chain, tmp_path / "two-sets", denoiser=tmp_path / "both")
+    second = draw(tiny_chain, tmp_path / "one-set", denoiser=tmp_path / "second", seeds=[1])
+    assert second.items() <= both.items()
+    shared = draw(tiny_chain, tmp_path / "shared", denoiser=tmp_path / "second", seeds=[0, 1])
+    assert {name: digest for name, digest in shared.items() if name.startswith("seed-0")}.items() & both.items() == set()
+    with pytest.raises(DiffstillError, match="3 entries"):
+        draw(tiny_chain, tmp_path / "three", denoiser=tmp_path / "both", seeds=[0, 1, 2])
+
+
+def test_torchvision_and_the_metadata_open_the_set(tiny_chain: Chain) -> None:
+    from torchvision.datasets import ImageFolder
+
+    folder = tiny_chain.artifacts / "distilled" / "seed-0"
+    opened = ImageFolder(str(folder))
+    assert opened.classes == ["0", "1", "2"]
+    assert len(opened) == 6
+    with (folder / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file_name"] for row in rows] == [f"{label}/{number:05d}.png" for label in "012" for number in range(2)]
+    assert all((folder / row["file_name"]).is_file() and row["file_name"].startswith(row["label"]) for row in rows)
+    image = Image.open(folder / rows[0]["file_name"])
+    assert (image.mode, image.size) == ("L", (8, 8))
+
+
+def test_the_contact_sheet_shows_every_class_in_a_row(tiny_chain: Chain) -> None:
+    sheet = np.asarray(Image.open(tiny_chain.artifacts / "distilled" / "seed-0.png"))
+    image = np.asarray(Image.open(tiny_chain.artifacts / "distilled" / "seed-0" / "1" / "00000.png"))
+    cell = 8 * 6 + 4
+    assert sheet.shape == (3 * cell, 2 * cell)
+    assert np.array_equal(sheet[cell + 2 : 2 * cell - 2 : 6, 2 : cell - 2 : 6], image)
+
+
+def test_an_unknown_class_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(DiffstillError, match=r"'7'.*0, 1, 2"):
+        draw(tiny_chain, tmp_path / "out", classes=["7"])
+    assert list(tmp_path.iterdir()) == []

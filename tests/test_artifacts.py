@@ -1,0 +1,370 @@
+"""Artifacts: whole or absent, verified when opened, equal bytes for equal work."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays_of
+
+from conftest import contents
+from diffstill.artifacts import (
+    MANIFEST,
+    WorkFolder,
+    new_artifact,
+    open_artifact,
+    read_shards,
+    refuse_foreign,
+    to_pixels,
+    to_unit,
+    write_shards,
+)
+from diffstill.config import PrepareConfig, SampleConfig
+from diffstill.errors import DiffstillError
+
+
+def write(folder: Path, text: str = "one", kind="images", config=None, inputs=None, facts=None):
+    with new_artifact(folder, kind, config or PrepareConfig(), inputs or {}) as draft:
+        (draft.folder / "deep").mkdir()
+        (draft.folder / "deep" / "a.txt").write_text(text)
+        (draft.folder / "b.txt").write_text("b")
+        draft.facts.update(facts or {"classes": ["0", "1"]})
+    return open_artifact(folder, kind)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "root" / "images"
+
+
+# --- written ------------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_tells_what_it_is_made_of(folder, tmp_path):
+    first = write(folder)
+    made = write(tmp_path / "root" / "set", "set", "distilled", SampleConfig(guidance=2.0), {"generator": first}, {"seeds": [0]})
+    assert made.manifest.kind == "distilled"
+    assert made.manifest.config["guidance"] == 2.0
+    assert made.manifest.inputs == {"generator": first.digest}
+    assert made.facts == {"seeds": [0]}
+    assert made.manifest.files == {name: digest for name, digest in contents(made.folder).items() if name != MANIFEST}
+
+
+def test_equal_work_gives_equal_bytes_wherever_and_in_whatever_order(folder, tmp_path):
+    write(folder)
+    with new_artifact(tmp_path / "elsewhere", "images", PrepareConfig(), {}) as draft:
+        draft.facts["classes"] = ["0", "1"]
+        (draft.folder / "b.txt").write_text("b")
+        (draft.folder / "deep").mkdir()
+        (draft.folder / "deep" / "a.txt").write_text("one")
+    assert contents(tmp_path / "elsewhere") == contents(folder)
+    text = (folder / MANIFEST).read_text()
+    assert str(tmp_path) not in text
+    assert os.uname().nodename not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"text": "two"}, {"config": PrepareConfig(side=9)}, {"facts": {"classes": ["1", "0"]}}],
+    ids=["content", "config", "facts"],
+)
+def test_the_digest_tells_different_work_apart(changes, folder, tmp_path):
+    assert write(folder).digest != write(tmp_path / "other", **changes).digest
+
+
+def test_the_digest_reaches_back_to_the_inputs(folder, tmp_path):
+    first, second = write(folder, "one"), write(tmp_path / "second", "two")
+    digests = {
+        write(tmp_path / f"set-{number}", "same", "distilled", SampleConfig(), {"generator": given}).digest
+        for number, given in enumerate((first, second))
+    }
+    assert len(digests) == 2
+
+
+def test_permissions_do_not_depend_on_the_writer(folder):
+    with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
+        (draft.folder / "secretive").write_text("")
+        (draft.folder / "secretive").chmod(0o600)
+    assert {oct(path.stat().st_mode & 0o777) for path in (folder, *folder.iterdir())} == {"0o755", "0o644"}
+
+
+# --- whole or absent ----------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Like a KeyboardInterrupt."""
+
+
+def fail_half_way(folder: Path, error: type[BaseException]) -> None:
+    with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
+        (draft.folder / "half.txt").write_text("half")
+        raise error
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+def test_a_failed_block_leaves_nothing(error, folder):
+    with pytest.raises(error):
+        fail_half_way(folder, error)
+    assert names(folder.parent) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+def test_a_failed_block_leaves_the_earlier_artifact_as_it_was(error, folder):
+    write(folder, "earlier")
+    before = contents(folder.parent)
+    with pytest.raises(error):
+        fail_half_way(folder, error)
+    assert contents(folder.parent) == before
+    assert names(folder.parent) == ["images"]
+
+
+def test_success_replaces_the_earlier_artifact_and_leaves_no_litter(folder):
+    write(folder, "earlier")
+    assert (write(folder, "later").folder / "deep" / "a.txt").read_text() == "later"
+    assert names(folder.parent) == ["images"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failure_between_the_two_renames_loses_nothing(failing, folder, monkeypatch):
+    """The earlier artifact has already stepped aside when the second rename fails: it comes back."""
+    write(folder, "earlier")
+    before, renames, rename = contents(folder.parent), [], Path.rename
+
+    def fail_once(path, target):
+        renames.append(path)
+        if len(renames) == failing:
+            raise Interrupted
+        return rename(path, target)
+
+    with monkeypatch.context() as world:
+        world.setattr(Path, "rename", fail_once)
+        with pytest.raises(Interrupted), new_artifact(folder, "images", PrepareConfig(), {}):
+            pass
+    assert contents(folder.parent) == before
+    assert names(folder.parent) == ["images"]
+
+
+def test_a_reader_sees_the_earlier_artifact_until_the_later_is_whole(folder):
+    earlier = write(folder, "earlier")
+    with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
+        (draft.folder / "half.txt").write_text("half")
+        assert open_artifact(folder, "images").digest == earlier.digest
+    assert open_artifact(folder, "images").digest != earlier.digest
+
+
+# --- refused as output --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", MANIFEST])
+def test_a_folder_of_someone_else_is_never_replaced(name, folder):
+    """Not even if it has a manifest.json, as web extensions have."""
+    folder.mkdir(parents=True)
+    (folder / name).write_text('{"name": "an extension", "manifest_version": 3}')
+    before = contents(folder)
+    with pytest.raises(DiffstillError, match="exists and is not an artifact; refusing to replace it"):
+        refuse_foreign(folder)
+    with pytest.raises(DiffstillError, match="exists and is not an artifact; refusing to replace it"):
+        write(folder)
+    assert contents(folder) == before
+
+
+def test_a_file_is_never_replaced(folder):
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    with pytest.raises(DiffstillError, match="exists and is not an artifact"):
+        write(folder)
+    assert folder.read_text() == "a file"
+
+
+def test_an_artifact_of_another_kind_is_never_replaced(folder):
+    write(folder)
+    before = contents(folder)
+    with pytest.raises(DiffstillError, match="holds a `images` artifact; refusing to replace it by `distilled`"):
+        write(folder, kind="distilled", config=SampleConfig())
+    assert contents(folder) == before
+
+
+def test_an_empty_folder_and_one_of_an_older_schema_are_replaced(folder):
+    folder.mkdir(parents=True)
+    write(folder)
+    edit(folder, lambda manifest: manifest | {"schema_version": 0})
+    assert write(folder, "later").manifest.schema_version == 1
+
+
+# --- refused as input ---------------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, change: Callable[[dict], dict]) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip_a_bit(folder / "deep" / "a.txt"), "deep/a.txt: content differs from the digest in its manifest"),
+        (lambda folder: (folder / "b.txt").unlink(), "b.txt: listed in the manifest but missing"),
+        (lambda folder: (folder / "deep" / "c.txt").touch(), "deep/c.txt: not listed in the manifest; remove it"),
+        (lambda folder: (folder / MANIFEST).unlink(), "images: has no manifest.json, so it is no artifact; expected the `images` artifact"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json: not a manifest of schema 1"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), "manifest.json: not a manifest of schema 1"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "holds a `None` artifact where `images` is expected"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"schema_version": 2}), "manifest.json: not a manifest of schema 1"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"host": "here"}), "manifest.json: not a manifest of schema 1"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"kind": "scores"}), "holds a `scores` artifact where `images` is expected"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"files": {}}), "b.txt: not listed in the manifest"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"files": {"../x": "0"}}), "listed in the manifest but missing"),
+    ],
+)
+def test_damage_is_found_and_named(damage, message, folder):
+    write(folder)
+    damage(folder)
+    with pytest.raises(DiffstillError) as refusal:
+        open_artifact(folder, "images")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_another_kind_and_an_absent_folder_are_refused(folder):
+    write(folder)
+    with pytest.raises(DiffstillError, match="holds a `images` artifact where `latents` is expected; pass the `latents` folder"):
+        open_artifact(folder, "latents")
+    with pytest.raises(DiffstillError, match=r"absent: does not exist; expected the `images` artifact; run the stage that makes it first"):
+        open_artifact(folder.parent / "absent", "images")
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+
+DTYPES = st.sampled_from([np.uint8, np.int64, np.float16, np.float32])
+
+
+@st.composite
+def columns(draw):
+    rows = draw(st.integers(1, 12))
+    shapes = st.lists(st.integers(0, 3), max_size=3).map(lambda rest: (rows, *rest))
+    names = draw(st.lists(st.sampled_from(["pixels", "labels", "mean", "std"]), min_size=1, unique=True))
+    return {name: draw(arrays_of.arrays(draw(DTYPES), draw(shapes))) for name in names}
+
+
+@given(columns(), st.integers(1, 14))
+def test_shards_are_joined_as_they_were_cut(tmp_path_factory, arrays, shard_size):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, "train", arrays, shard_size)
+    rows = len(next(iter(arrays.values())))
+    assert len(list(folder.iterdir())) == -(-rows // shard_size)
+    joined = read_shards(folder, "train")
+    assert joined.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert joined[name].dtype == array.dtype
+        np.testing.assert_array_equal(joined[name], array)
+
+
+def test_strided_arrays_and_many_shards_keep_their_order(tmp_path):
+    array = np.arange(60).reshape(30, 2)[:, ::-1]
+    write_shards(tmp_path, "train", {"x": array}, 1)
+    np.testing.assert_array_equal(read_shards(tmp_path, "train")["x"], array)
+    (tmp_path / "train-00028.safetensors").rename(tmp_path / "train-99999.safetensors")
+    (tmp_path / "train-00029.safetensors").rename(tmp_path / "train-100000.safetensors")
+    np.testing.assert_array_equal(read_shards(tmp_path, "train")["x"], array)
+
+
+def test_splits_do_not_mix_and_absent_shards_are_refused(tmp_path):
+    write_shards(tmp_path, "train", {"x": np.zeros(3)}, 2)
+    write_shards(tmp_path, "train-more", {"x": np.ones(3)}, 2)
+    assert read_shards(tmp_path, "train")["x"].sum() == 0
+    with pytest.raises(DiffstillError, match=r"has no shard val-\*.safetensors"):
+        read_shards(tmp_path, "val")
+
+
+def test_pixels_and_unit_range_are_inverse_on_all_values():
+    pixels = np.arange(256, dtype=np.uint8)
+    unit = to_unit(pixels)
+    assert unit.dtype == np.float32
+    assert (unit.min(), unit.max()) == (-1.0, 1.0)
+    np.testing.assert_array_equal(to_pixels(unit), pixels)
+
+
+def test_to_pixels_rounds_to_the_nearest_and_clips():
+    np.testing.assert_array_equal(to_pixels(np.array([-9.0, 9.0, 0.0039], np.float32)), [0, 255, 128])
+
+
+# --- what a killed run goes on from -------------------------------------------------------------------------------
+
+
+def work(config=None, inputs=None, *more) -> WorkFolder:
+    return WorkFolder("pretrain", config or SampleConfig(), inputs or {}, *more)
+
+
+def test_a_checkpoint_is_read_as_it_was_written_and_the_newest_counts():
+    arrays = {"weights/0": np.arange(6, dtype=np.float32).reshape(2, 3), "training/done": np.array(7)}
+    assert work().load("vae") is None
+    work().save("vae", {"weights/0": np.zeros(1)})
+    work().save("vae", arrays)
+    found = work().load("vae")
+    assert found is not None
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], arrays[name]) and found[name].dtype == arrays[name].dtype for name in arrays)
+    assert [path.name for path in work().folder.iterdir()] == ["vae.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_refused():
+    work().save("vae", {"x": np.zeros(100)})
+    path = work().folder / "vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DiffstillError, match=r"vae.safetensors: damaged checkpoint .*; remove it to start this stage anew"):
+        work().load("vae")
+
+
+def test_a_line_torn_by_a_kill_is_dropped_and_writing_goes_on():
+    for number in range(3):
+        work().append("finished", {"number": number})
+    path = work().folder / "finished.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert work().lines("finished") == [{"number": 0}, {"number": 1}]
+    work().append("finished", {"number": 9})
+    assert work().lines("finished") == [{"number": 0}, {"number": 1}, {"number": 9}]
+
+
+def test_a_damaged_line_in_the_middle_is_refused():
+    work().append("finished", {"number": 0})
+    path = work().folder / "finished.jsonl"
+    path.write_text('{"number":\n' + path.read_text())
+    with pytest.raises(DiffstillError, match=r"finished.jsonl: damaged .*remove it to start this stage anew"):
+        work().lines("finished")
+
+
+def test_work_is_kept_apart_by_stage_settings_inputs_and_cell(folder, tmp_path):
+    first, second = write(folder, "one"), write(tmp_path / "second", "two")
+    folders = {
+        WorkFolder("finetune", SampleConfig(), {}).folder,
+        work().folder,
+        work(SampleConfig(guidance=1.0)).folder,
+        work(None, {"images": first}).folder,
+        work(None, {"images": second}).folder,
+        work(None, None, "convnet-2").folder,
+    }
+    assert len(folders) == 6
+    assert work(None, {"images": first}).folder in folders
+
+
+def test_clearing_forgets_this_work_alone():
+    work().save("vae", {"x": np.zeros(1)})
+    work(None, None, "other").append("finished", {"number": 0})
+    work().clear()
+    work().clear()
+    assert work().load("vae") is None
+    assert work(None, None, "other").lines("finished") == [{"number": 0}]

@@ -1,0 +1,224 @@
+"""Knobs: what is read is what was written, and whatever is wrong is said in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from diffstill.config import PRESETS, Params, PrepareConfig, Section, json_schema, load_params, preset, render_params
+from diffstill.errors import DiffstillError
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / "docs" / "params.schema.json"
+
+
+def knobs(section, prefix=""):
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        yield f"{prefix}{name}", field
+        if isinstance(value, Section):
+            yield from knobs(value, f"{prefix}{name}.")
+
+
+def load(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_params(path)
+
+
+# --- written and read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_read_as_they_were_written(name, tmp_path):
+    assert load(tmp_path, render_params(preset(name))) == preset(name)
+
+
+@given(
+    location=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1),
+    classes=st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), min_size=1, unique=True),
+    fraction=st.floats(0.001, 0.999),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_value_is_read_as_it_was_written(tmp_path_factory, location, classes, fraction, seed):
+    prepare = PrepareConfig(source="folder", location=location, classes=tuple(classes), test_fraction=fraction, seed=seed)
+    params = Params(prepare=prepare)
+    assert load(tmp_path_factory.mktemp("params"), render_params(params)) == params
+
+
+def test_every_knob_is_described_and_its_description_stands_in_the_file():
+    rendered, described = render_params(Params()), list(knobs(Params()))
+    assert len(described) > 60
+    for name, field in described:
+        assert field.description, name
+        assert f"# {field.description}" in rendered, name
+
+
+def test_one_line_per_knob():
+    values = YAML(typ="safe").load(render_params(Params()))
+    assert values == json.loads(json.dumps(Params().model_dump(mode="json")))
+    assert all(len(line.split("#")) <= 2 for line in render_params(Params()).splitlines())
+
+
+def test_params_at_the_root_are_the_default_preset():
+    assert (ROOT / "params.yaml").read_text() == render_params(preset("digits"))
+
+
+def test_missing_knobs_take_the_default_and_an_empty_file_is_the_default_preset(tmp_path):
+    assert load(tmp_path, "") == Params()
+    assert load(tmp_path, "sample: {guidance: 2}").sample == Params().sample.model_copy(update={"guidance": 2.0})
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(DiffstillError, match="preset 'imagenet' is not known; use one of digits, fashion-mnist, folder, tiny"):
+        preset("imagenet")
+
+
+def test_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Params().sample.guidance = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        Params().sample = Params().sample
+
+
+def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(tmp_path):
+    one = load(tmp_path, "sample: {guidance: 2, steps: 5}").sample
+    other = load(tmp_path, "sample:\n  steps: 5\n  guidance: 2.0\n").sample
+    assert one.canonical() == other.canonical() != Params().sample.canonical()
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample: {guidanse: 2}", "`sample.guidanse` is not a knob; remove it or mend its name"),
+        ("samples: {}", "`samples` is not a knob"),
+        ("pretrain: {vae: {channelz: [8]}}", "`pretrain.vae.channelz` is not a knob"),
+        ("prepare: {side: x}", "`prepare.side` is 'x': Input should be a valid integer"),
+        ("prepare: {side: 8.0}", "`prepare.side` is 8.0: Input should be a valid integer"),
+        ("prepare: {side: true}", "`prepare.side` is True: Input should be a valid integer"),
+        ("prepare: {flip: 1}", "`prepare.flip` is 1: Input should be a valid boolean"),
+        ("prepare: {classes: [1, '2']}", "`prepare.classes.0` is 1: Input should be a valid string"),
+        ("prepare: {location: 5}", "`prepare.location` is 5: Input should be a valid string"),
+        ("finetune: {max_timestep: x}", "`finetune.max_timestep` is 'x': Input should be a valid integer"),
+        ("sample:", "`sample` is None: Input should be an object"),
+        ("prepare: {side: 4}", "`prepare.side` is 4: Input should be greater than or equal to 8"),
+        ("prepare: {channels: 2}", "`prepare.channels` is 2: Input should be 1 or 3"),
+        ("prepare: {test_fraction: 1}", "`prepare.test_fraction` is 1: Input should be less than 1"),
+        ("evaluate: {images_per_class: [1, 0]}", "`evaluate.images_per_class.1` is 0: Input should be greater than or equal to 1"),
+        ("evaluate: {students: []}", "`evaluate.students` is []: Tuple should have at least 1 item"),
+        ("evaluate: {protocol: short-7}", "protocol 'short-7' is not known; use one of literature, short-20"),
+        ("finetune: {policy: lru}", "`finetune.policy` is 'lru': Input should be 'redundancy', 'fifo' or 'none'"),
+        ("finetune: {learning_rate: .inf}", "`finetune.learning_rate` is inf: Input should be a finite number"),
+        ("sample: {guidance: .nan}", "`sample.guidance` is nan: Input should be a finite number"),
+        ("sample: {seeds: [-1]}", "`sample.seeds.0` is -1: Input should be greater than or equal to 0"),
+        (
+            "evaluate: {images_per_class: [1, 11]}",
+            "`evaluate.images_per_class` asks for 11, but `sample.images_per_class` draws 10; raise the latter",
+        ),
+        ("finetune: {seeds: [0, 1]}", "`finetune.seeds` has 2 entries; give 1, or one for each of the 3 `sample.seeds`"),
+        ("sample: {seeds: [3, 4, 3]}", "`sample.seeds` lists 3 2 times; list it once"),
+        ("evaluate: {students: [a, a, a]}", "`evaluate.students` lists 'a' 3 times; list it once"),
+        ("pretrain: {source: folder}", "`location` goes with `source: folder`, and only with it"),
+        ("pretrain: {location: here}", "`location` goes with `source: folder`, and only with it"),
+        ("pretrain: {beta_start: 0.5}", "`beta_start` 0.5 must not exceed `beta_end` 0.02"),
+        ("sample: [", "not valid YAML (line 1: "),
+        ("sample:\n  steps: 3\n  steps: 4\n", 'not valid YAML (line 3: found duplicate key "steps"'),
+        ("a: 1\n---\nb: 1\n", "not valid YAML (line 2: "),
+        ("\0", "not valid YAML (unacceptable character"),
+        (b"\xff\xfe", "not valid YAML ('utf-8' codec can't decode"),
+        ("- 1\n- 2\n", "holds [1, 2] where sections are expected (prepare, "),
+        ("digits", "holds 'digits' where sections are expected (prepare, "),
+        ("prepare: {location: 2020-01-01}", "holds a value that is no number, text, list or mapping"),
+        ("prepare: &itself [*itself]", "holds a value that is no number, text, list or mapping"),
+        ("? [1, 2]\n: 3\n", "holds a value that is no number, text, list or mapping"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(text, message, tmp_path):
+    with pytest.raises(DiffstillError) as refusal:
+        load(tmp_path, text)
+    assert str(refusal.value).startswith(f"{tmp_path / 'params.yaml'}: ")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_all_wrong_knobs_are_named_at_once(tmp_path):
+    with pytest.raises(DiffstillError, match=r"`prepare.sidee` is not a knob.*; `sample.steps` is 0: "):
+        load(tmp_path, "prepare: {sidee: 8}\nsample: {steps: 0}")
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(DiffstillError, match=r"none.yaml: no such file; write one with `diffstill preset digits`"):
+        load_params(tmp_path / "none.yaml")
+
+
+# --- for editors --------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_in_docs_is_current():
+    assert json.loads(SCHEMA.read_text()) == json_schema(), "run: diffstill schema > docs/params.schema.json"
+
+
+UNDERSTOOD = ("type", "enum", "const", "anyOf", "minItems", "items", "properties", "additionalProperties")
+
+
+def faults(value, schema, whole, place="params"):  # noqa: PLR0912
+    """What a JSON schema validator finds, for the keywords that occur in ours; any other keyword is an error."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+    bounds = {"minimum": "__ge__", "maximum": "__le__", "exclusiveMinimum": "__gt__", "exclusiveMaximum": "__lt__"}
+    for keyword, rule in schema.items():
+        if keyword in bounds and isinstance(value, int | float) and not getattr(float(value), bounds[keyword])(rule):
+            yield f"{place}: {value} breaks {keyword} {rule}"
+        elif keyword == "type" and (not isinstance(value, kinds[rule]) or (isinstance(value, bool) and rule != "boolean")):
+            yield f"{place}: {value!r} is no {rule}"
+        elif (keyword == "enum" and value not in rule) or (keyword == "const" and value != rule):
+            yield f"{place}: {value!r} is not {rule}"
+        elif keyword == "anyOf" and all(list(faults(value, option, whole)) for option in rule):
+            yield f"{place}: {value!r} fits no option"
+        elif keyword == "$ref":
+            yield from faults(value, whole["$defs"][rule.removeprefix("#/$defs/")], whole, place)
+        elif keyword == "minItems" and isinstance(value, list) and len(value) < rule:
+            yield f"{place}: {value} is too short"
+        elif keyword == "items" and isinstance(value, list):
+            for item in value:
+                yield from faults(item, rule, whole, place)
+        elif keyword == "properties" and isinstance(value, dict):
+            for name in value.keys() & rule.keys():
+                yield from faults(value[name], rule[name], whole, f"{place}.{name}")
+        elif keyword == "additionalProperties" and isinstance(value, dict):
+            assert rule is False
+            yield from (f"{place}.{name} is unknown" for name in value.keys() - schema["properties"].keys())
+        else:
+            assert keyword in {*bounds, *UNDERSTOOD, "$defs", "title", "description", "default"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_schema_accepts_presets(name):
+    schema = json_schema()
+    assert list(faults(YAML(typ="safe").load(render_params(preset(name))), schema, schema)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sample": {"guidanse": 2}},
+        {"pretrain": {"vae": {"channelz": [8]}}},
+        {"samples": {}},
+        {"sample": {"steps": 0}},
+        {"evaluate": {"protocol": "short-7"}},
+        {"evaluate": {"students": []}},
+        {"prepare": {"side": "8"}},
+        {"prepare": {"channels": 2}},
+    ],
+)
+def test_the_schema_refuses_what_the_package_refuses(wrong, tmp_path):
+    schema = json_schema()
+    assert len(list(faults(wrong, schema, schema))) == 1
+    with pytest.raises(DiffstillError):
+        load(tmp_path, json.dumps(wrong))

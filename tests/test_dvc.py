@@ -1,0 +1,79 @@
+"""The real `dvc repro` on preset tiny: it makes the chain, makes nothing twice, and makes again what a knob reaches."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import contents
+from diffstill.config import preset, render_params
+from diffstill.run import chain
+
+pytestmark = [pytest.mark.xdist_group("dvc"), pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[1]
+STEPS = [step.name for step in chain(preset("tiny"))]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder as `make demo` sets it up, and the names of the stages that the first `dvc repro` ran."""
+
+    folder: Path
+    first: list[str]
+
+    def call(self, *command: str) -> str:
+        search = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        quiet = {"PATH": search, "DVC_NO_ANALYTICS": "1", "CI": "1", "MLFLOW_TRACKING_URI": "none", "DIFFSTILL_WORK": str(self.folder / "work")}
+        done = subprocess.run(command, cwd=self.folder, env=os.environ | quiet, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def repro(self) -> list[str]:
+        """`dvc repro`; the names of the stages that ran. The others did not change."""
+        told = self.call("dvc", "repro")
+        ran = re.findall(r"^Running stage '(.+)':$", told, re.MULTILINE)
+        assert ran + re.findall(r"^Stage '(.+)' didn't change, skipping$", told, re.MULTILINE) == sorted(
+            STEPS, key=lambda name: (name not in ran, STEPS.index(name))
+        )
+        return ran
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    checkout, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dvc")
+    shutil.copytree(ROOT / "src", checkout / "src")
+    (folder / "src").symlink_to(checkout / "src")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "params.yaml").write_text(render_params(preset("tiny")))
+    Project(folder, []).call("dvc", "init", "--quiet", "--no-scm")
+    return Project(folder, Project(folder, []).repro())
+
+
+def test_the_first_time_everything_runs_in_the_order_of_the_chain(project):
+    assert project.first == STEPS
+
+
+def test_dvc_and_run_make_the_same(project):
+    told = project.call("diffstill", "run")
+    assert re.findall(r"^(\S+) is up to date$", told, re.MULTILINE) == STEPS
+    assert "untuned generator" in told
+
+
+def test_the_second_time_nothing_runs(project):
+    lock, made = (project.folder / "dvc.lock").read_bytes(), contents(project.folder / "artifacts")
+    assert project.repro() == []
+    assert (project.folder / "dvc.lock").read_bytes() == lock
+    assert contents(project.folder / "artifacts") == made
+
+
+def test_another_guidance_runs_what_it_reaches_and_no_more(project):
+    params = project.folder / "params.yaml"
+    params.write_text(params.read_text().replace("guidance: 3.0", "guidance: 1.5"))
+    assert project.repro() == ["sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"]
+    assert project.repro() == []

@@ -1,0 +1,278 @@
+"""Tracking, against a real MLflow on sqlite: one parent per chain, a nested run per stage, and clear words when it does not answer."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import Chain
+from diffstill.config import Params, preset
+from diffstill.errors import DiffstillError
+from diffstill.run import run_stage
+from diffstill.tracking import git_sha, stage_run, tracking_uri, without_secrets
+
+pytestmark = pytest.mark.xdist_group("chain")
+
+TINY = preset("tiny")
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """A folder whose mlflow.db is there already: creating it takes seconds."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder
+
+
+@pytest.fixture
+def runs(database, monkeypatch, request):
+    """Work in that folder with default tracking, in an experiment of one's own; a function that finds its runs, oldest first."""
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(database)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    client = MlflowClient(f"sqlite:///{database / 'mlflow.db'}")
+
+    def find(**tags):
+        experiment = client.get_experiment_by_name(request.node.name)
+        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        return [] if experiment is None else client.search_runs([experiment.experiment_id], query, order_by=["attribute.start_time ASC"])
+
+    find.client = client
+    return find
+
+
+def stage(name: str, params: Params = TINY):
+    return stage_run(name, params, params.section(name))
+
+
+def parent_of(run) -> str:
+    return run.data.tags["mlflow.parentRunId"]
+
+
+# --- one parent per chain -----------------------------------------------------------------------------------------
+
+
+def test_stages_of_one_chain_share_a_parent(runs):
+    with stage("prepare"), stage("sample"):
+        pass
+    parents = [run for run in runs() if "diffstill.chain" in run.data.tags]
+    nested = [run for run in runs() if "diffstill.stage" in run.data.tags]
+    assert len(parents) == 1
+    assert {parent_of(run) for run in nested} == {parents[0].info.run_id}
+    assert sorted(run.info.run_name for run in nested) == ["prepare", "sample"]
+    assert parents[0].data.tags["diffstill.dataset"] == "digits"
+    assert parents[0].data.tags["diffstill.git_sha"] == "none"
+    assert parents[0].info.run_name.startswith("digits ipc2 redundancy ")
+
+
+def test_another_process_finds_the_parent(runs, database):
+    with stage("prepare"):
+        pass
+    code = "from diffstill.config import preset; from diffstill.tracking import stage_run; p = preset('tiny')\nwith stage_run('encode', p, p.encode): pass"
+    subprocess.run([sys.executable, "-c", code], cwd=database, check=True)
+    nested = [run for run in runs() if "diffstill.stage" in run.data.tags]
+    assert sorted(run.info.run_name for run in nested) == ["encode", "prepare"]
+    assert len({parent_of(run) for run in nested}) == 1
+
+
+def test_other_parameters_are_another_chain(runs):
+    other = TINY.model_copy(update={"report": TINY.report.model_copy(update={"shown_per_class": 3})})
+    with stage("prepare"), stage("prepare", other):
+        pass
+    assert len({parent_of(run) for run in runs(**{"diffstill.stage": "prepare"})}) == 2
+
+
+def test_the_parent_keeps_all_parameters(runs):
+    with stage("prepare"):
+        pass
+    parent = next(run for run in runs() if "diffstill.chain" in run.data.tags)
+    from mlflow.artifacts import load_dict
+
+    assert load_dict(f"{parent.info.artifact_uri}/params.json") == TINY.model_dump(mode="json")
+
+
+def test_the_report_finishes_the_chain(runs):
+    with stage("prepare"):
+        pass
+    assert [run.info.status for run in runs() if "diffstill.chain" in run.data.tags] == ["RUNNING"]
+    with stage("report"):
+        pass
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+
+
+def test_an_injected_run_is_the_parent_and_stays_open(runs, monkeypatch):
+    outer = runs.client.create_run(runs.client.create_experiment("outer"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
+    with stage("report"):
+        pass
+    nested = runs.client.search_runs([outer.info.experiment_id], "tags.`diffstill.stage` = 'report'")
+    assert [(parent_of(run), run.info.status) for run in nested] == [(outer.info.run_id, "FINISHED")]
+    assert runs.client.get_run(outer.info.run_id).info.status == "RUNNING"
+    assert runs() == []
+
+
+# --- what a stage's run holds -------------------------------------------------------------------------------------
+
+
+def test_a_real_stage_logs_its_knobs_metrics_and_pictures(runs, tiny_chain: Chain, tmp_path):
+    paths = {"generator": tiny_chain.artifacts / "generator", "distilled": tmp_path / "distilled"}
+    run_stage("sample", tiny_chain.params, paths, step="sample-untuned")
+    (run,) = runs(**{"diffstill.stage": "sample-untuned"})
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {name: str(value) for name, value in tiny_chain.params.sample.model_dump(mode="json").items()}
+    assert run.data.metrics["images"] == 12
+    assert run.data.metrics["seconds"] > 0
+    assert run.data.metrics["peak_memory_mib"] > 50
+    assert [file.path for file in runs.client.list_artifacts(run.info.run_id)] == ["seed-0.png", "seed-1.png"]
+
+
+def test_the_report_of_a_chain_is_logged(runs, tiny_chain: Chain, tmp_path):
+    """With its page and figures; every number of metrics.json has a name that MLflow takes."""
+    from diffstill.run import STAGES, score_names
+
+    here = tiny_chain.artifacts
+    paths = {name: here / name for name in STAGES["report"].inputs}
+    scores = [here / name for name in score_names(tiny_chain.params.evaluate.students)]
+    metrics = run_stage("report", tiny_chain.params, {**paths, "scores": scores, "report": tmp_path / "report"})
+    (run,) = runs(**{"diffstill.stage": "report"})
+    assert metrics.items() <= run.data.metrics.items()
+    assert "report.html" in [file.path for file in runs.client.list_artifacts(run.info.run_id)]
+
+
+def test_nested_knobs_and_long_values(runs):
+    classes = tuple(f"class number {number}" for number in range(1000))
+    params = TINY.model_copy(update={"prepare": TINY.prepare.model_copy(update={"classes": classes})})
+    with stage("pretrain"), stage("prepare", params):
+        pass
+    (pretrain,), (prepare,) = runs(**{"diffstill.stage": "pretrain"}), runs(**{"diffstill.stage": "prepare"})
+    assert pretrain.data.params["vae.channels"] == "[16, 16]"
+    assert prepare.data.params["classes"].startswith("['class number 0', ")
+
+
+def test_metrics_have_steps(runs):
+    with stage("finetune") as run:
+        for step in (1, 2):
+            run.metrics({"seed-0/loss": 1 / step}, step)
+    (logged,) = runs(**{"diffstill.stage": "finetune"})
+    history = runs.client.get_metric_history(logged.info.run_id, "seed-0/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_stage_is_marked_and_its_error_goes_on(error, runs):
+    def fail():
+        with stage("encode"):
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert [run.info.status for run in runs(**{"diffstill.stage": "encode"})] == ["FAILED"]
+
+
+# --- off, and out of reach ----------------------------------------------------------------------------------------
+
+
+def test_none_switches_tracking_off(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with stage("sample") as run:
+        assert run is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_is_a_database_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert tracking_uri() == "https://mlflow.example"
+
+
+def not_a_database(folder: Path) -> str:
+    (folder / "notes.db").write_text("dear diary, " * 100)
+    return f"sqlite:///{folder / 'notes.db'}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        (
+            lambda _: "http://user:s3cr3t@127.0.0.1:9/x?token=s3cr3t",
+            "MLflow at http://***@127.0.0.1:9/x?*** refuses (API request to http://***@127.0.0.1:9/",
+        ),
+        (lambda _: "carrier-pigeon://coop", "MLflow at carrier-pigeon://coop refuses ("),
+        (not_a_database, "file is not a database"),
+        (lambda _: "postgresql+nodriver://user:s3cr3t@127.0.0.1/runs", "MLflow at postgresql+nodriver://***@127.0.0.1/runs refuses ("),
+    ],
+    ids=["no server", "unknown scheme", "no database", "no driver"],
+)
+def test_a_tracker_that_does_not_answer_is_one_clear_message(uri, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri(tmp_path))
+    started = time.monotonic()
+    with pytest.raises(DiffstillError) as refusal, stage("sample"):
+        pytest.fail("the stage must not start")
+    assert time.monotonic() - started < 30
+    assert told in str(refusal.value)
+    assert str(refusal.value).endswith("or set MLFLOW_TRACKING_URI to `none` to go on without tracking")
+    assert "s3cr3t" not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.usefixtures("runs")
+def test_an_injected_run_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef0123456789abcdef")
+    with (
+        pytest.raises(DiffstillError, match=r"id=0123456789abcdef0123456789abcdef not found.* mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID"),
+        stage("sample"),
+    ):
+        pytest.fail("the stage must not start")
+
+
+def test_a_tracker_lost_on_the_way_is_refused_too(runs):
+    def lose():
+        with stage("sample") as run:
+            runs.client.delete_run(runs(**{"diffstill.stage": "sample"})[0].info.run_id)
+            run.metrics({"images": 1.0}, 0)
+
+    with pytest.raises(DiffstillError, match=r"MLflow at sqlite:.* refuses"):
+        lose()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("sqlite:////here/mlflow.db", "sqlite:////here/mlflow.db"),
+        ("https://mlflow.example:5000/a@b", "https://***@b"),
+        ("https://user:s3/cr@3t@host/x", "https://***@host/x"),
+        ("get http://a:b@host/x?key=s3cr3t failed (why? nobody knows)", "get http://***@host/x?*** failed (why? nobody knows)"),
+        ("none", "none"),
+    ],
+)
+def test_without_secrets(text, shown):
+    assert without_secrets(text) == shown
+
+
+# --- commit -------------------------------------------------------------------------------------------------------
+
+
+def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_sha() == "none"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    (tmp_path / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *arguments], check=True, env=os.environ | {"GIT_CONFIG_GLOBAL": os.devnull})
+    commit = git_sha()
+    assert len(commit) == 40
+    (tmp_path / "untracked").write_text("1")
+    assert git_sha() == commit
+    (tmp_path / "a").write_text("2")
+    assert git_sha() == f"{commit}-dirty"
