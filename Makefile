@@ -25,6 +25,9 @@ demo: setup  ## the whole chain on the embedded digits, in build/demo
 		&& { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.check_update false \
 		&& dvc repro && diffstill summary
 
+lock: demo  ## make the demo's dvc.lock the committed one, after a change of code or knobs
+	cp $(DEMO)/dvc.lock dvc.lock
+
 test: setup  ## all tests that need no service of their own
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -41,4 +44,4 @@ ui: setup  ## browse the demo's runs in MLflow
 clean:  ## remove the demo and all caches, keep the environment
 	rm -rf build .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test check ui clean
+.PHONY: help setup demo lock test check ui clean

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import contents
-from diffstill.config import preset, render_params
+from diffstill.config import load_params, preset, render_params
 from diffstill.run import chain
 
 pytestmark = [pytest.mark.xdist_group("dvc"), pytest.mark.timeout(900)]
@@ -74,6 +74,18 @@ def test_the_second_time_nothing_runs(project):
 
 def test_another_guidance_runs_what_it_reaches_and_no_more(project):
     params = project.folder / "params.yaml"
-    params.write_text(params.read_text().replace("guidance: 3.0", "guidance: 1.5"))
+    params.write_text(re.sub(r"guidance: [0-9.]+", "guidance: 2.5", params.read_text()))
     assert project.repro() == ["sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"]
     assert project.repro() == []
+
+
+def test_the_committed_lock_agrees_with_the_code_and_the_parameters(tmp_path):
+    """Without its data: `dvc repro` would run nothing, so dvc.lock is that of this very code and these knobs."""
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    project = Project(tmp_path, [])
+    project.call("dvc", "init", "--quiet", "--no-scm")
+    told = project.call("dvc", "repro", "--dry", "--allow-missing")
+    assert "Running stage" not in told, f"run `make lock` and commit dvc.lock\n{told}"
+    assert told.count("didn't change, skipping") == len(chain(load_params(ROOT / "params.yaml")))

@@ -16,7 +16,7 @@ from diffstill.artifacts import MANIFEST, open_artifact, read_manifest
 from diffstill.config import Params, preset, render_params
 from diffstill.errors import DiffstillError
 from diffstill.record import ignore
-from diffstill.run import STAGES, chain, run_chain, run_stage, score_names
+from diffstill.run import STAGES, _Listener, chain, run_chain, run_stage, score_names
 
 DISTILLED = {"sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"}
 """What depends on how images are sampled: not the real baselines."""
@@ -109,7 +109,7 @@ def test_a_finished_chain_recomputes_nothing(copy, caplog):
 
 def test_another_guidance_samples_and_judges_anew(copy, caplog):
     before = {step.name: contents(step.output(copy.artifacts)) for step in chain(copy.params)}
-    params = changed(copy.params, "sample", guidance=1.5)
+    params = changed(copy.params, "sample", guidance=2.5)
     assert rerun(copy, caplog, params) == DISTILLED
     after = {step.name: contents(step.output(copy.artifacts)) for step in chain(copy.params)}
     assert {name for name in before if before[name] != after[name]} == DISTILLED
@@ -181,8 +181,17 @@ def test_a_stage_returns_its_metrics_and_says_how_long_it_took(tmp_path, monkeyp
     metrics = run_stage("prepare", preset("tiny"), {"images": tmp_path / "images"}, step="prepare@mine")
     assert metrics == {"train_images": 387.0, "val_images": 43.0, "test_images": 107.0, "rejected": 0.0}
     assert caplog.messages[0] == "prepare@mine ..."
-    assert re.match(r"prepare: 537 img in .* img/s\)", caplog.messages[1])
     assert re.match(r"prepare@mine done in .* s, peak memory .* MiB: train_images 387, ", caplog.messages[-1])
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.9, []), (4.0, ["count: 6 img in 4.0 s (2 img/s)"])])
+def test_progress_away_from_a_terminal_is_one_line_for_long_work(seconds, lines, caplog, monkeypatch):
+    clock = iter([10.0, 10.0 + seconds])
+    monkeypatch.setattr("diffstill.run.time.monotonic", lambda: next(clock))
+    caplog.set_level(logging.INFO, logger="diffstill")
+    with _Listener(None).progress("count", 10, "img", done=4) as bar:
+        bar.update(6)
+    assert caplog.messages == lines
 
 
 def test_scores_by_source_and_student():

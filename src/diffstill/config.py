@@ -79,7 +79,7 @@ class DitConfig(Section):
     heads: Count = Field(3, description="attention heads")
     head_dim: Count = Field(32, description="width per head")
     patch: Count = Field(2, description="latent pixels per token side")
-    steps: Count = Field(1000, description="optimiser steps")
+    steps: Count = Field(800, description="optimiser steps")
     batch_size: Count = Field(64, description="latents per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="AdamW learning rate, cosine to zero")
     label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label (classifier-free guidance)")
@@ -121,7 +121,7 @@ class FinetuneConfig(Section):
     """The paper's objective: diffusion loss, representativeness and diversity against two memories."""
 
     seeds: Seeds = Field((0,), description="one fine-tune per seed; generation seed number i samples from fine-tune i, or from the only one")
-    steps: Count = Field(400, description="optimiser steps")
+    steps: Count = Field(300, description="optimiser steps")
     batch_size: Count = Field(32, description="latents per step")
     balanced: bool = Field(False, description="draw the same number of images of every class into each batch")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
@@ -175,7 +175,7 @@ class EvaluateConfig(Section):
     )
     random_seeds: Seeds = Field((0, 1, 2), description="draws of random real images; as many as generation seeds make a fair table")
     protocol: str = Field(
-        "short-200", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table"
+        "short-150", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table"
     )
     evaluations: Count = Field(4, description="times a student is tested while it trains; the headline is the last, the best is a side value")
     workers: Count = Field(2, description="students trained at the same time, each on its own CPU thread; changes no number")

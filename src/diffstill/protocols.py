@@ -45,7 +45,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("literature", None),
-        *(Protocol(f"short-{steps}", steps) for steps in (20, 200, 300, 500, 1000, 2000, 5000)),
+        *(Protocol(f"short-{steps}", steps) for steps in (20, 150, 200, 300, 500, 1000, 2000, 5000)),
     )
 }
 

@@ -115,8 +115,8 @@ class _Listener:
         with tqdm(total=total, desc=description, unit=unit, initial=done, disable=not on_terminal, dynamic_ncols=True) as bar:
             yield bar
         seconds = time.monotonic() - started
-        if not on_terminal:
-            log.info("%s: %s %s in %.1f s (%.0f %s/s)", description, f"{total:,}", unit, seconds, (total - done) / max(seconds, 1e-9), unit)
+        if not on_terminal and seconds >= 1:
+            log.info("%s: %s %s in %.1f s (%.0f %s/s)", description, f"{total - done:,}", unit, seconds, (total - done) / seconds, unit)
 
 
 def run_stage(
