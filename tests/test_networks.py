@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffstill.config import Params, preset
+from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
     DiTPipeline,
@@ -25,7 +25,9 @@ from diffstill.networks import (
     save_generator,
 )
 
-PRETRAIN = preset("tiny").pretrain
+PRETRAIN = Params.model_validate_json(
+    json.dumps({"pretrain": {"vae": {"channels": [16, 16]}, "dit": {"layers": 2, "heads": 2, "head_dim": 16, "patch": 1}}})
+).pretrain
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 

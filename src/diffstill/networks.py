@@ -170,6 +170,7 @@ def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT)
         transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **options)
         vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError) as error:
         raise DiffstillError(
             f"{folder}: not a diffusers DiTPipeline folder with safetensors weights ({' '.join(str(error).split())[:200]})"

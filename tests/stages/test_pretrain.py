@@ -12,7 +12,7 @@ from test_finetune import KillAfter, _Killed
 
 from conftest import Chain, contents
 from diffstill import torchvision_shim  # noqa: F401
-from diffstill.artifacts import open_artifact
+from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError
 from diffstill.stages.pretrain import pretrain
@@ -78,6 +78,18 @@ def test_the_stock_pipeline_opens_the_artifact(tiny_chain: Chain) -> None:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline([0, 1, 2], guidance_scale=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 3
+
+
+def test_a_pipeline_with_other_labels_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
+    images = open_artifact(tiny_chain.artifacts / "images", "images")
+    with new_artifact(tmp_path / "images", "images", tiny_chain.params.prepare, {}) as draft:
+        for split in ("train", "val", "test"):
+            pixels, labels = load_split(images, split)
+            write_shards(draft.folder, split, {"pixels": pixels, "labels": labels}, 4096)
+        draft.facts |= images.facts | {"classes": ["0", "2", "1"]}
+    config = settings_of(tiny_chain, source="folder", location=str(tiny_chain.artifacts / "generator"))
+    with pytest.raises(DiffstillError, match=r"has 3 labels \(0, 1, 2\), but the images have 3 classes \(0, 2, 1\)"):
+        pretrain(config, images=tmp_path / "images", generator=tmp_path / "out")
 
 
 def test_refusals(tiny_chain: Chain, tmp_path: Path) -> None:

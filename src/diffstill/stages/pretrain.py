@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -79,10 +80,17 @@ def _check_fit(made: Generator, real: Artifact, source: Path) -> None:
             f"{source}: makes images of {config.in_channels} x {side} px, but `prepare` gave {facts['channels']} x {facts['side']} px; "
             f"set `prepare.channels: {config.in_channels}` and `prepare.side: {side}`"
         )
-    if made.null_label < len(facts["classes"]):
+    named = json.loads((source / "model_index.json").read_text()).get("id2label") or {}
+    labels = [str(named.get(str(label))) for label in range(made.null_label)] if named else facts["classes"]
+    if labels != facts["classes"] or made.null_label != len(facts["classes"]):
         raise DiffstillError(
-            f"{source}: knows {made.null_label} classes, but the images have {len(facts['classes'])}; choose fewer with `prepare.classes`"
+            f"{source}: has {made.null_label} labels ({_shortened(labels)}), but the images have {len(facts['classes'])} classes ({_shortened(facts['classes'])}); "
+            "they must be the same in the same order, so choose and order them with `prepare.classes`"
         )
+
+
+def _shortened(names: list[str], shown: int = 5) -> str:
+    return ", ".join(map(str, names[:shown])) + (", ..." if len(names) > shown else "")
 
 
 def _run(name: str, training: Training, config: VaeConfig | DitConfig, loss_at: Loss, checkpoints: tuple[WorkFolder, int], record: Record) -> None:
