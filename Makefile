@@ -36,7 +36,7 @@ check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell src tests docs benchmarks README.md CHANGELOG.md Makefile dvc.yaml
+	$(BIN)/codespell src tests docs README.md CHANGELOG.md Makefile dvc.yaml
 
 ui: setup  ## browse the demo's runs in MLflow
 	cd $(DEMO) && $(CURDIR)/$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db

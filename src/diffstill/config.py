@@ -8,11 +8,12 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -21,8 +22,18 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from diffstill.errors import DiffstillError
 from diffstill.protocols import PROTOCOLS, protocol
 
+
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A seed or a name that is listed twice would count twice in every mean."""
+    value, times = Counter(values).most_common(1)[0] if values else (None, 0)
+    if times > 1:
+        raise ValueError(f"lists {value!r} {times} times; list it once")
+    return values
+
+
+Each = AfterValidator(_once)
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), Each]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -45,7 +56,9 @@ class PrepareConfig(Section):
         "digits", description="dataset: digits (inside scikit-learn), fashion-mnist, or folder (train/<class>/*, optionally test/ and val/)"
     )
     location: str | None = Field(None, description="folder or URL of the data; null = where the dataset usually is")
-    classes: tuple[str, ...] | None = Field(None, description="keep these classes only, in this order; null = all")
+    classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(
+        None, description="keep these classes only, in this order; null = all"
+    )
     side: Annotated[int, Field(ge=8, le=1024)] = Field(8, description="pixels per side after centre crop and resize")
     channels: Literal[1, 3] | None = Field(1, description="1 = grey, 3 = colour, null = grey only if every image is grey")
     flip: bool = Field(False, description="may an image be mirrored left to right and keep its label? never for digits")
@@ -157,7 +170,7 @@ class SampleConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(1.5, description="classifier-free guidance scale; 1 = none")
     sampler: Literal["ddpm", "ddim", "dpm++"] = Field("ddim", description="ddpm (ancestral), ddim or dpm++ (deterministic)")
     steps: Count = Field(25, description="sampling steps")
-    classes: tuple[str, ...] | None = Field(None, description="sample these classes only; null = all")
+    classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(None, description="sample these classes only; null = all")
     chunk_size: Count = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
@@ -165,12 +178,12 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """Students trained from scratch on a small set, tested on real images."""
 
-    students: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    students: Annotated[tuple[str, ...], Field(min_length=1), Each] = Field(
         ("convnet-2",), description="networks: convnet-<depth>, resnetap-10, resnet-18 (instance norm) or any timm model by name"
     )
-    images_per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = Field((1, 10), description="set sizes that are judged")
+    images_per_class: Annotated[tuple[Count, ...], Field(min_length=1), Each] = Field((1, 10), description="set sizes that are judged")
     student_seeds: Seeds = Field((0, 1), description="trainings per set, each with its own initial weights and batches")
-    baselines: tuple[Literal["random", "full"], ...] = Field(
+    baselines: Annotated[tuple[Literal["random", "full"], ...], Field(min_length=1), Each] = Field(
         ("random", "full"), description="random = random real images of the same size, full = the whole training split"
     )
     random_seeds: Seeds = Field((0, 1, 2), description="draws of random real images; as many as generation seeds make a fair table")
@@ -213,16 +226,6 @@ class Params(Section):
         tunes, draws = len(self.finetune.seeds), len(self.sample.seeds)
         if tunes not in (1, draws):
             raise ValueError(f"`finetune.seeds` has {tunes} entries; give 1, or one for each of the {draws} `sample.seeds`")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        """A seed or a name that is listed twice would count twice in every mean."""
-        for stage in self.STAGES:
-            for knob, values in self.section(stage):
-                repeated = [value for value in values if values.count(value) > 1] if isinstance(values, tuple) else []
-                if repeated:
-                    raise ValueError(f"`{stage}.{knob}` lists {repeated[0]!r} {len(repeated)} times; list it once")
         return self
 
     def section(self, stage: str) -> Section:

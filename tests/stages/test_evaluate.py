@@ -259,12 +259,8 @@ def test_another_number_of_workers_goes_on_too(images, tmp_path):
     ("changes", "message"),
     [
         ({"images_per_class": (1, 41)}, r"class 'zero' has 40 training images, `evaluate.images_per_class` asks for 41"),
-        ({"baselines": ()}, r"`evaluate.baselines` is empty and no distilled set is given"),
         ({"students": ("convnet-4",)}, r"'convnet-4' needs images of at least 16 px"),
         ({"students": ("convnet-1", "resnet18s")}, r"'resnet18s' is not known; did you mean"),
-        ({"students": ("convnet-1", "convnet-1")}, r"`evaluate.students` lists 'convnet-1' 2 times"),
-        ({"images_per_class": (2, 1, 2)}, r"`evaluate.images_per_class` lists 2 2 times"),
-        ({"student_seeds": (7, 7, 7)}, r"`evaluate.student_seeds` lists 7 3 times"),
     ],
 )
 def test_refused_configurations(images, tmp_path, changes, message):

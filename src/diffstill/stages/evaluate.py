@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -54,7 +54,6 @@ def evaluate(
     that do not fit `images`.
     """
     refuse_foreign(scores)
-    _refuse_repetition(config)
     inputs = {"images": open_artifact(images, "images")} | ({"distilled": open_artifact(distilled, "distilled")} if distilled else {})
     judge = _Judge.of(config, inputs["images"], device)
     students = _students(config, student)
@@ -74,13 +73,6 @@ def evaluate(
         }
     work.clear()
     return _summary(lines)
-
-
-def _refuse_repetition(config: EvaluateConfig) -> None:
-    for knob in ("students", "images_per_class", "student_seeds", "baselines", "random_seeds"):
-        value, times = Counter(getattr(config, knob)).most_common(1)[0] if getattr(config, knob) else (None, 0)
-        if times > 1:
-            raise DiffstillError(f"`evaluate.{knob}` lists {value!r} {times} times; list it once")
 
 
 def _students(config: EvaluateConfig, student: str | None) -> tuple[str, ...]:
@@ -154,8 +146,6 @@ def _picture(path: Path, size: tuple[int, int], mode: str) -> Pixels:
 
 
 def _baselines(config: EvaluateConfig, judge: _Judge) -> list[_Source]:
-    if not config.baselines:
-        raise DiffstillError("`evaluate.baselines` is empty and no distilled set is given; name a baseline (random, full) or pass a distilled folder")
     sources = []
     if "random" in config.baselines:
         _refuse_scarce(config, judge)
