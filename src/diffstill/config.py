@@ -244,8 +244,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "encode": {"shard_size": 16384},
         "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4},
-        "sample": {"images_per_class": 50, "guidance": 2.0},
-        "evaluate": {"students": ["convnet-3"], "images_per_class": [1, 10, 50], "protocol": "short-200"},
+        "sample": {"guidance": 2.0},
+        "evaluate": {"students": ["convnet-3"], "protocol": "short-200"},
     },
     "folder": {
         "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
