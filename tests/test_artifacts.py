@@ -368,3 +368,18 @@ def test_clearing_forgets_this_work_alone():
     work().clear()
     assert work().load("vae") is None
     assert work(None, None, "other").lines("finished") == [{"number": 0}]
+
+
+def test_two_processes_do_not_share_a_work_folder():
+    with work(), pytest.raises(DiffstillError, match="another diffstill is at work"), work():
+        pass
+    with work() as again:  # free again once the first has ended
+        again.append("lines", {"a": 1})
+
+
+def test_what_a_file_browser_leaves_is_no_damage(tmp_path):
+    with new_artifact(tmp_path / "a", "images", SampleConfig(), {}) as draft:
+        (draft.folder / "x.txt").write_text("x")
+    before = open_artifact(tmp_path / "a", "images").digest
+    (tmp_path / "a" / ".DS_Store").write_text("litter")
+    assert open_artifact(tmp_path / "a", "images").digest == before

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conftest import Chain, contents
 from diffstill.artifacts import MANIFEST, open_artifact, read_manifest
@@ -210,3 +211,28 @@ def test_nobody_needs_to_listen(tmp_path):
     ignore.file(tmp_path)
     with ignore.progress("work", 3, "img") as bar:
         assert bar.update(2) is None
+
+
+def test_a_folder_that_changed_outside_is_noticed(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("dark", 40), ("light", 200)):
+        for number in range(4):
+            path = tmp_path / "data" / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + number).save(path)
+    params = changed(preset("tiny"), "prepare", source="folder", location="data", classes=None)
+    step = chain(params)[0]
+    run_stage("prepare", params, {"images": tmp_path / "images"})
+    before = contents(tmp_path / "images")
+    assert not _is_current(step, params, tmp_path)
+    run_stage("prepare", params, {"images": tmp_path / "images"})
+    assert contents(tmp_path / "images") == before
+    Image.new("L", (8, 8), 90).save(tmp_path / "data" / "train" / "dark" / "9.png")
+    run_stage("prepare", params, {"images": tmp_path / "images"})
+    assert contents(tmp_path / "images") != before
+
+
+def test_a_chain_of_some_classes_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(DiffstillError, match=r"`sample.classes` is for `diffstill sample` alone"):
+        run_chain(changed(preset("tiny"), "sample", classes=["1"]), tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts").exists()

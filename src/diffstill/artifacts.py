@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -31,6 +32,8 @@ Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "score
 Array = npt.NDArray[Any]
 SCHEMA: Literal[1] = 1
 MANIFEST = "manifest.json"
+DESKTOP_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file browsers leave in folders that they show; no part of an artifact."""
 
 
 class Manifest(BaseModel):
@@ -95,22 +98,28 @@ def read_manifest(folder: Path, kind: Kind) -> Artifact:
             raise DiffstillError(f"{folder}: holds a `{found}` artifact where `{kind}` is expected; pass the `{kind}` folder")
         return Artifact(folder, Manifest.model_validate(raw))
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA}; make the artifact anew ({type(error).__name__})") from error
+        raise DiffstillError(
+            f"{path}: not a manifest of schema {SCHEMA} ({type(error).__name__}); remove {folder} and run its stage again"
+        ) from error
 
 
 def open_artifact(folder: Path, kind: Kind) -> Artifact:
     """Open and verify: right kind, every file present and of its digest, none added. Raises `DiffstillError` naming the file."""
     artifact = read_manifest(folder, kind)
     listed = artifact.manifest.files
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in DESKTOP_LITTER} - {MANIFEST}
     for name in sorted(listed.keys() | present):
         path = folder / name
         if name not in present:
-            raise DiffstillError(f"{path}: listed in the manifest but missing; make the `{kind}` artifact anew")
+            raise DiffstillError(f"{path}: listed in the manifest but missing; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)")
         if name not in listed:
-            raise DiffstillError(f"{path}: not listed in the manifest; remove it, or make the `{kind}` artifact anew")
+            raise DiffstillError(
+                f"{path}: not listed in the manifest; remove it, or remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
+            )
         if file_digest(path) != listed[name]:
-            raise DiffstillError(f"{path}: content differs from the digest in its manifest; make the `{kind}` artifact anew")
+            raise DiffstillError(
+                f"{path}: content differs from the digest in its manifest; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
+            )
     return artifact
 
 
@@ -217,6 +226,19 @@ class WorkFolder:
         key = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
         root = Path(os.environ.get("DIFFSTILL_WORK", ".diffstill/work"))
         self.folder = root / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self._lock = FileLock(self.folder.with_suffix(".lock"), timeout=0)
+
+    def __enter__(self) -> Self:
+        """Keep other processes out. Raises `DiffstillError` if one is at work on the same thing."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise DiffstillError(f"{self.folder}: another diffstill is at work on this very step; wait until it has finished") from error
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._lock.release()
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Atomically keep named arrays as `<name>.safetensors`."""

@@ -35,6 +35,8 @@ Each = AfterValidator(_once)
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), Each]
 Count = Annotated[int, Field(ge=1)]
+Batch = Annotated[int, Field(ge=1, le=100_000)]
+Size = Annotated[int, Field(ge=1, le=10_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -79,7 +81,7 @@ class VaeConfig(Section):
     layers: Count = Field(1, description="residual blocks per resolution")
     latent_channels: Count = Field(4, description="channels of the latent")
     steps: Count = Field(400, description="optimiser steps")
-    batch_size: Count = Field(32, description="images per step")
+    batch_size: Batch = Field(32, description="images per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW learning rate, cosine to zero")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-4, description="weight of the KL term beside the mean squared error")
     ema_decay: Fraction = Field(0.99, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
@@ -93,10 +95,17 @@ class DitConfig(Section):
     head_dim: Count = Field(32, description="width per head")
     patch: Count = Field(2, description="latent pixels per token side")
     steps: Count = Field(800, description="optimiser steps")
-    batch_size: Count = Field(64, description="latents per step")
+    batch_size: Batch = Field(64, description="latents per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="AdamW learning rate, cosine to zero")
     label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label (classifier-free guidance)")
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
+
+    @model_validator(mode="after")
+    def _even_width(self) -> Self:
+        width = self.heads * self.head_dim
+        if width % 4:
+            raise ValueError(f"the width `heads` x `head_dim` = {width} must be a multiple of 4 for the position embedding; change one of them")
+        return self
 
 
 class PretrainConfig(Section):
@@ -125,7 +134,7 @@ class PretrainConfig(Section):
 class EncodeConfig(Section):
     """Posterior moments of every training image, computed once."""
 
-    batch_size: Count = Field(256, description="images per pass through the autoencoder")
+    batch_size: Batch = Field(256, description="images per pass through the autoencoder")
     shard_size: Count = Field(4096, description="images per shard file")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
@@ -135,7 +144,7 @@ class FinetuneConfig(Section):
 
     seeds: Seeds = Field((0,), description="one fine-tune per seed; generation seed number i samples from fine-tune i, or from the only one")
     steps: Count = Field(300, description="optimiser steps")
-    batch_size: Count = Field(32, description="latents per step")
+    batch_size: Batch = Field(32, description="latents per step")
     balanced: bool = Field(False, description="draw the same number of images of every class into each batch")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
@@ -165,13 +174,13 @@ class FinetuneConfig(Section):
 class SampleConfig(Section):
     """How the synthetic images are drawn."""
 
-    images_per_class: Count = Field(10, description="IPC: images per class; a smaller set is contained in a larger one")
+    images_per_class: Size = Field(10, description="IPC: images per class; a smaller set is contained in a larger one")
     seeds: Seeds = Field((0, 1, 2), description="generation seeds: one complete set of images for each")
     guidance: Annotated[float, Field(ge=0)] = Field(1.5, description="classifier-free guidance scale; 1 = none")
     sampler: Literal["ddpm", "ddim", "dpm++"] = Field("ddim", description="ddpm (ancestral), ddim or dpm++ (deterministic)")
     steps: Count = Field(25, description="sampling steps")
     classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(None, description="sample these classes only; null = all")
-    chunk_size: Count = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
+    chunk_size: Batch = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
 
@@ -181,7 +190,7 @@ class EvaluateConfig(Section):
     students: Annotated[tuple[str, ...], Field(min_length=1), Each] = Field(
         ("convnet-2",), description="networks: convnet-<depth>, resnetap-10, resnet-18 (instance norm) or any timm model by name"
     )
-    images_per_class: Annotated[tuple[Count, ...], Field(min_length=1), Each] = Field((1, 10), description="set sizes that are judged")
+    images_per_class: Annotated[tuple[Size, ...], Field(min_length=1), Each] = Field((1, 10), description="set sizes that are judged")
     student_seeds: Seeds = Field((0, 1), description="trainings per set, each with its own initial weights and batches")
     baselines: Annotated[tuple[Literal["random", "full"], ...], Field(min_length=1), Each] = Field(
         ("random", "full"), description="random = random real images of the same size, full = the whole training split"
@@ -217,6 +226,12 @@ class Params(Section):
     sample: SampleConfig = Field(SampleConfig(), description="the distilled images")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="students trained on distilled and on real sets")
     report: ReportConfig = Field(ReportConfig(), description="tables, figures, page")
+
+    @model_validator(mode="after")
+    def _enough_timesteps(self) -> Self:
+        if self.pretrain.source == "scratch" and self.sample.steps > self.pretrain.timesteps:
+            raise ValueError(f"`sample.steps` {self.sample.steps} exceeds the {self.pretrain.timesteps} `pretrain.timesteps`; lower it")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -359,6 +359,9 @@ def _agreed_classes(root: Path, folders: Mapping[str, str], wanted: tuple[str, .
     """The classes to keep, which every split must have."""
     present = {sub: _visible(root / sub, folders=True) for sub in folders.values()}
     classes = _chosen(wanted, present["train"], f"{root}/train")
+    for name in classes:
+        if name != os.fsencode(name).decode(errors="replace"):
+            raise DiffstillError(f"{root}: the class folder {os.fsencode(name)!r} has a name that is not UTF-8; rename it")
     for sub, names in present.items():
         for name in [*classes, *(names if wanted is None else ())]:
             if name not in names or name not in present["train"]:

@@ -100,7 +100,7 @@ def _extreme_per_class(similarity: Tensor, labels: Tensor, memory: ClassMemory, 
     per_sample = similarity.amin(dim=1) if reduce == "amin" else similarity.amax(dim=1)
     classes = len(memory.filled)
     per_class = per_sample.new_full((classes,), nothing).scatter_reduce(0, labels, per_sample, reduce)
-    return per_class, per_class.isfinite()
+    return per_class, per_class != nothing
 
 
 def _similarity(x0_hat: Tensor, labels: Tensor, memory: ClassMemory) -> Tensor:

@@ -8,6 +8,7 @@ dropout); labels are dropped by the caller, once per sample. Writing a folder pu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:
         block_out_channels=widths,
         layers_per_block=config.vae.layers,
         latent_channels=config.vae.latent_channels,
-        norm_num_groups=min(8, *widths),
+        norm_num_groups=math.gcd(8, *widths),
         sample_size=side,
     ).eval()
 

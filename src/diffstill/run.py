@@ -24,7 +24,7 @@ from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
 SHOWN = 8
-"""Metrics of a stage on the terminal; all of them are in the side log and in MLflow."""
+"""A stage with more metrics than this does not list them on the terminal; all are in the side log and in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def run_stage(
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if run:
             run.metrics({**metrics, **costs}, 0)
+            if name == "report":
+                run.headline({key: value for key, value in metrics.items() if key.endswith(("/test_mean", "/gain_over_random"))})
     _log_costs(step, metrics, costs)
     return metrics
 
@@ -153,8 +155,8 @@ def _require(stage: Stage, paths: Mapping[str, Any]) -> None:
 
 
 def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, float]) -> None:
-    """Costs go to a side log, never into artifacts."""
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN]) + (", ..." if len(metrics) > SHOWN else "")
+    """Costs go to a side log, never into artifacts. The many numbers of a report stand in its table, not here."""
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
     log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
     path = Path(".diffstill") / "costs.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -164,6 +166,10 @@ def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, floa
 
 def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
     """Run every step of the chain whose artifact is missing or was made from other settings or inputs."""
+    if params.sample.classes is not None:
+        raise DiffstillError(
+            "`sample.classes` is for `diffstill sample` alone, a whole chain judges all classes; set it to null, or use `prepare.classes`"
+        )
     for step in chain(params):
         if _is_current(step, params, root):
             log.info("%s is up to date", step.name)
@@ -181,8 +187,9 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
     if not (output / MANIFEST).is_file():
         return False
     manifest = open_artifact(output, stage.output).manifest
-    if manifest.config != json.loads(params.section(step.stage).canonical()):
-        return False
+    config = params.section(step.stage)
+    if getattr(config, "location", None) or manifest.config != json.loads(config.canonical()):
+        return False  # what lies outside may have changed; the stage gives the same bytes if it has not
     named = {name: where for name, where in step.paths.items() if name != stage.output}
     return manifest.inputs == _input_digests(named, root)
 

@@ -50,16 +50,23 @@ def git_sha() -> str:
 class StageRun:
     """One stage's run in MLflow; takes what a stage records."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self._run_id = client, run_id
+    def __init__(self, client: MlflowClient, run_id: str, parent: str) -> None:
+        self._client, self._run_id, self._parent = client, run_id, parent
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars at a step."""
+        self._log(self._run_id, values, step)
+
+    def _log(self, run_id: str, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         with _answering():
-            self._client.log_batch(self._run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+            self._client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def headline(self, values: Mapping[str, float]) -> None:
+        """Log what a whole chain came to on its parent run, so that chains can be compared in the list of runs."""
+        self._log(self._parent, values, 0)
 
     def file(self, path: Path) -> None:
         """Upload a file."""
@@ -79,10 +86,12 @@ def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun |
         parent = injected or _parent(client, params)
         run_id = _start(client, step, parent, config)
     try:
-        yield StageRun(client, run_id)
+        yield StageRun(client, run_id, parent)
     except BaseException:
         with suppress(DiffstillError), _answering():  # the first error is the one to show
             client.set_terminated(run_id, "FAILED")
+            if not injected:
+                client.set_terminated(parent, "FAILED")
         raise
     with _answering():
         client.set_terminated(run_id, "FINISHED")
@@ -131,6 +140,7 @@ def _parent(client: MlflowClient, params: Params) -> str:
     experiment = _experiment(client)
     found = client.search_runs([experiment], filter_string=f"tags.`{CHAIN_TAG}` = '{chain}'", max_results=1)
     if found:
+        client.update_run(found[0].info.run_id, status="RUNNING")
         return str(found[0].info.run_id)
     tags = {CHAIN_TAG: chain, "diffstill.git_sha": sha, "diffstill.dataset": params.prepare.source}
     name = f"{params.prepare.source} ipc{params.sample.images_per_class} {params.finetune.policy} {chain[:6]}"

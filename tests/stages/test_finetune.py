@@ -202,3 +202,10 @@ def test_latents_of_another_generator_are_refused(tiny_chain: Chain, tmp_path: P
     with pytest.raises(DiffstillError, match="another generator"):
         finetune(tiny_chain.params.finetune, latents=tiny_chain.artifacts / "latents", generator=tmp_path / "generator", denoiser=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_an_error_and_leaves_nothing(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = settings_of(tiny_chain, learning_rate=1e30, steps=6)
+    with pytest.raises(DiffstillError, match=r"not finite at step \d+: fine-tuning diverged; lower `finetune.learning_rate`"):
+        finetune(config, latents=tiny_chain.artifacts / "latents", generator=tiny_chain.artifacts / "generator", denoiser=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -107,3 +107,15 @@ def _occupied(folder: Path) -> Path:
     (folder / "mine").mkdir()
     (folder / "mine" / "letter.txt").write_text("do not lose me")
     return folder / "mine"
+
+
+def test_divergence_is_an_error(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = settings_of(tiny_chain, dit={"layers": 2, "heads": 2, "head_dim": 16, "steps": 12, "batch_size": 16, "learning_rate": 1e30})
+    with pytest.raises(DiffstillError, match="diverged; lower `pretrain.dit.learning_rate`"):
+        pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+
+
+def test_few_timesteps_and_odd_widths_work(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = settings_of(tiny_chain, timesteps=7, vae={"channels": [12, 20], "steps": 2, "batch_size": 8})
+    pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    assert open_artifact(tmp_path / "out", "generator").facts["timesteps"] == 7

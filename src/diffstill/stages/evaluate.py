@@ -61,18 +61,23 @@ def evaluate(
     runs = _runs(config, sources, students)
     judge.refuse_misfits(students)
 
-    work = WorkFolder("evaluate", config.model_copy(update={"workers": 1}), inputs, student or "")
-    lines = _trained(runs, judge, config.workers, work, record)
+    with WorkFolder("evaluate", config.model_copy(update={"workers": 1}), inputs, student or "") as work:
+        lines = _trained(runs, judge, config.workers, work, record)
+        _write(scores, config, inputs, lines, record)
+        work.clear()
+    return _summary(lines)
+
+
+def _write(scores: Path, config: EvaluateConfig, inputs: Mapping[str, Artifact], lines: list[Score], record: Record) -> None:
     with new_artifact(scores, "scores", config, inputs) as draft:
         (draft.folder / "scores.jsonl").write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+        record.file(draft.folder / "scores.jsonl")
         draft.facts |= {
-            "sources": [source.name for source in sources],
-            "students": list(students),
+            "sources": list(dict.fromkeys(line["source"] for line in lines)),
+            "students": list(dict.fromkeys(line["student"] for line in lines)),
             "protocol": config.protocol,
             "images_digest": inputs["images"].digest,
         }
-    work.clear()
-    return _summary(lines)
 
 
 def _students(config: EvaluateConfig, student: str | None) -> tuple[str, ...]:

@@ -45,14 +45,14 @@ def finetune(
         raise DiffstillError(f"{latents}: was encoded with another generator than {generator}; run `encode` again")
     refuse_foreign(denoiser)
     inputs = {"latents": encoded, "generator": made}
-    work = WorkFolder("finetune", config, inputs)
     data = _Latents.open(encoded, device)
     last: dict[str, float] = {}
-    with new_artifact(denoiser, "denoiser", config, inputs) as draft:
+    with WorkFolder("finetune", config, inputs) as work, new_artifact(denoiser, "denoiser", config, inputs) as draft:
         for seed in config.seeds:
             run = _Finetune(config, seed, data, load_generator(generator, made.facts["frequency_shift"]).to(device))
             run.train(work, record)
             last = run.write(draft.folder / f"seed-{seed}")
+            record.file(draft.folder / f"seed-{seed}" / "metrics.csv")
         draft.facts |= _facts(config, run)
     work.clear()
     return last
@@ -204,9 +204,16 @@ class _Finetune:
                 self.step()
                 bar.update(self.config.batch_size)
                 if self.training.done % self.config.checkpoint_every == 0 or self.training.done == self.config.steps:
+                    self._refuse_divergence()
                     work.save(name, self._state())
         for step, values in self._rows():
             record.metrics({f"{name}/{metric}": value for metric, value in values.items()}, step)
+
+    def _refuse_divergence(self) -> None:
+        finite = self.history.isfinite().all(dim=1)
+        if not finite.all():
+            step = int(finite.int().argmin()) + 1
+            raise DiffstillError(f"the loss is not finite at step {step}: fine-tuning diverged; lower `finetune.learning_rate`")
 
     def _state(self) -> dict[str, Array]:
         return pack(

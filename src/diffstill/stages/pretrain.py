@@ -20,6 +20,7 @@ from diffstill.pictures import contact_sheet, save_png
 from diffstill.record import Record, ignore
 from diffstill.training import Training, batch_indices, pack, seeded, set_threads
 
+LOG_EVERY = 50  # steps
 VAE, DIT = 1, 2  # the first number of a draw's key, after the seed: which network it is for
 Loss = Callable[[int], Tensor]
 """The loss of a step, by its number."""
@@ -36,13 +37,18 @@ def pretrain(config: PretrainConfig, *, images: Path, generator: Path, device: s
     refuse_foreign(generator)
     if config.source == "folder":
         return _take_over(config, real, generator, device, record)
-    work = WorkFolder("pretrain", config, {"images": real})
+    with WorkFolder("pretrain", config, {"images": real}) as work:
+        metrics = _make(config, real, generator, work, device, record)
+        work.clear()
+    return metrics
+
+
+def _make(config: PretrainConfig, real: Artifact, generator: Path, work: WorkFolder, device: str, record: Record) -> dict[str, float]:
     made = _train(config, real, work, device, record)
     with new_artifact(generator, "generator", config, {"images": real}) as draft:
         metrics = _judge(made, real, draft.folder, record)
         draft.facts |= _facts(made, real) | metrics
         save_generator(made.to("cpu"), draft.folder, real.facts["classes"])
-    work.clear()
     return metrics
 
 
@@ -53,6 +59,7 @@ def _facts(made: Generator, real: Artifact) -> dict[str, object]:
         "side": real.facts["side"],
         "channels": real.facts["channels"],
         "null_label": made.null_label,
+        "timesteps": made.scheduler["num_train_timesteps"],
         "parameters_transformer": sum(weight.numel() for weight in made.transformer.parameters()),
         "parameters_vae": sum(weight.numel() for weight in made.vae.parameters()),
     }
@@ -104,10 +111,17 @@ def _run(name: str, training: Training, config: VaeConfig | DitConfig, loss_at: 
             loss = loss_at(training.done)
             training.advance(loss, config.learning_rate * (1 + math.cos(math.pi * training.done / config.steps)) / 2)
             bar.update(config.batch_size)
+            if training.done % LOG_EVERY == 0 or training.done == config.steps:
+                record.metrics({f"{name}_loss": _finite(loss.item(), name, training.done)}, training.done)
             if training.done % every == 0 or training.done == config.steps:
-                record.metrics({f"{name}_loss": loss.item()}, training.done)
                 work.save(name, pack(training.state()))
     training.adopt_average()
+
+
+def _finite(loss: float, name: str, step: int) -> float:
+    if not math.isfinite(loss):
+        raise DiffstillError(f"the loss of the {name} is {loss} at step {step}: training diverged; lower `pretrain.{name}.learning_rate`")
+    return loss
 
 
 def _train(config: PretrainConfig, real: Artifact, work: WorkFolder, device: str, record: Record) -> Generator:
@@ -188,8 +202,9 @@ def _samples(made: Generator, classes: int, device: torch.device, rows: int = 4,
     labels = torch.arange(min(classes, shown), device=device).repeat(rows)
     scheduler = build_scheduler("ddim", made.scheduler, learned_variance=False)
     draws = [seeded(0, number) for number in range(len(labels))]
+    steps = min(25, made.scheduler["num_train_timesteps"])
     latents = sample_latents(
-        made.predict_noise, scheduler, labels, draws, shape=made.latent_shape, null_label=made.null_label, guidance=3.0, steps=25
+        made.predict_noise, scheduler, labels, draws, shape=made.latent_shape, null_label=made.null_label, guidance=2.0, steps=steps
     )
     decoded: Tensor = made.decode(latents).unflatten(0, (rows, -1))
     return decoded

@@ -51,6 +51,8 @@ def sample(
     tuned = open_artifact(denoiser, "denoiser") if denoiser else None
     if tuned and tuned.manifest.inputs["generator"] != made.digest:
         raise DiffstillError(f"{denoiser}: was fine-tuned from another generator than {generator}; run `finetune` again")
+    if config.steps > made.facts["timesteps"]:
+        raise DiffstillError(f"`sample.steps` {config.steps} exceeds the generator's {made.facts['timesteps']} timesteps; lower it")
     refuse_foreign(distilled)
     classes = _chosen(config.classes, made.facts["classes"])
     inputs = {"generator": made} | ({"denoiser": tuned} if tuned else {})
@@ -151,7 +153,7 @@ def _write_set(folder: Path, seed: int, images: list[tuple[_Slot, Array]], names
         name = f"{names[slot.label]}/{slot.number:05d}.png"
         save_png(to_image(pixels), root / name)
         rows.append({"file_name": name, "label": names[slot.label], "seed": seed})
-    with (root / "metadata.csv").open("w", newline="") as file:
+    with (root / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("file_name", "label", "seed"), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
