@@ -90,6 +90,9 @@ class Counting:
         self.total, self.done = total, done
         yield self
 
+    def file(self, path):
+        assert path.is_file()
+
     def update(self, n=1):
         self.steps += n
         if self.steps == self.stop_after:

@@ -39,7 +39,9 @@ def test_a_killed_run_goes_on_and_ends_alike(tiny_chain: Chain, tmp_path: Path, 
     assert not list((tmp_path / "work").rglob("*.safetensors"))
 
 
-def test_training_lowers_both_losses(tiny_chain: Chain, tmp_path: Path) -> None:
+def test_training_lowers_both_losses(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffstill.stages.pretrain.LOG_EVERY", 10)
+
     class Losses:
         def __init__(self) -> None:
             self.seen: dict[str, list[float]] = {}
@@ -111,7 +113,7 @@ def _occupied(folder: Path) -> Path:
 
 def test_divergence_is_an_error(tiny_chain: Chain, tmp_path: Path) -> None:
     config = settings_of(tiny_chain, dit={"layers": 2, "heads": 2, "head_dim": 16, "steps": 12, "batch_size": 16, "learning_rate": 1e30})
-    with pytest.raises(DiffstillError, match="diverged; lower `pretrain.dit.learning_rate`"):
+    with pytest.raises(DiffstillError, match=r"diverged; lower `pretrain.dit.learning_rate`"):
         pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
 
 

@@ -106,5 +106,5 @@ def test_an_unknown_class_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
 
 def test_more_steps_than_timesteps_are_refused(tiny_chain: Chain, tmp_path: Path) -> None:
     config = tiny_chain.params.sample.model_copy(update={"steps": 1001})
-    with pytest.raises(DiffstillError, match="`sample.steps` 1001 exceeds the generator's 1000 timesteps"):
+    with pytest.raises(DiffstillError, match=r"`sample.steps` 1001 exceeds the generator's 1000 timesteps"):
         sample(config, generator=tiny_chain.artifacts / "generator", distilled=tmp_path / "out")
