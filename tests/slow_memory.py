@@ -23,8 +23,8 @@ class SlowMemory:
 
     def add(self, vectors: Tensor, labels: Tensor) -> None:
         for vector, label in zip(vectors.tolist(), labels.tolist(), strict=True):
-            own = self.entries.setdefault(label, [])
-            own.append(vector)
+            self.entries.setdefault(label, []).append(vector)
+        for own in self.entries.values():
             while len(own) > self.capacity:
                 own.pop(self.leaver(own))
 

@@ -19,20 +19,17 @@ TIE = 1e-6
 
 
 class ClassMemory:
-    """For each of K classes up to N flattened latents, kept as unit vectors, with their cosine similarities.
+    """For each of K classes up to N flattened latents, kept as unit vectors, oldest first, with their cosine similarities.
 
-    An entry that joins a full memory makes one entry leave: with `redundancy` the one whose cosine similarities to all
-    entries of its class, the newcomer included, sum highest (it may be the newcomer); with `fifo` the oldest.
-    Entries join one by one in the order of the batch, those of different classes at the same time; labels are on the
-    CPU and everything else stays on the device, so that no update waits for it.
+    A batch joins as a whole. Then, while a class holds more than N entries, one of them leaves: with `redundancy` the
+    one whose cosine similarities to all entries of its class sum highest (it may be a newcomer); with `fifo` the
+    oldest. Labels are on the CPU and everything else stays on the device, so that no update waits for it.
     """
 
     def __init__(self, classes: int, capacity: int, dim: int, policy: Policy, device: torch.device | str = "cpu") -> None:
         self.policy, self.capacity = policy, capacity
         self.entries = torch.zeros(classes, capacity, dim, device=device)
         self.similarity = torch.zeros(classes, capacity, capacity, device=device)
-        self.age = torch.zeros(classes, capacity, dtype=torch.long, device=device)  # when an entry joined its class, from 0
-        self.joined = torch.zeros(classes, dtype=torch.long, device=device)  # entries that ever joined
         self.filled = torch.zeros(classes, dtype=torch.long, device=device)
 
     def valid(self) -> Tensor:
@@ -41,56 +38,58 @@ class ClassMemory:
 
     @torch.no_grad()
     def add(self, vectors: Tensor, labels: Tensor) -> None:
-        """Let `vectors` (B, D) of classes `labels` (B,), on the CPU, join in order."""
-        unit = normalize(vectors.float(), dim=1)
-        for rows in _rounds(labels):
-            self._join(unit[rows.to(unit.device)], labels[rows].to(unit.device))
+        """Let `vectors` (B, D) of classes `labels` (B,), on the CPU, join in order; then the surplus leaves."""
+        if not len(labels):
+            return
+        device = self.entries.device
+        present, of = labels.unique(return_inverse=True)
+        turn = (labels[:, None] == labels[None, :]).tril(-1).sum(dim=1)  # how many of its class came before it in the batch
+        most = int(turn.max()) + 1
+        classes, of, turn = present.to(device), of.to(device), turn.to(device)
 
-    def _join(self, newcomers: Tensor, classes: Tensor) -> None:
-        """Let one newcomer (R, D) join each of R different `classes` (R,)."""
-        entries, similarity, valid = self.entries[classes], self.similarity[classes], self.valid()[classes]
-        to_newcomer = torch.einsum("rnd,rd->rn", entries, newcomers) * valid
-        filled = self.filled[classes]
-        full = filled == self.capacity
-        leaver = self._leaver(similarity, to_newcomer, newcomers.square().sum(dim=1), self.age[classes])
-        slot = torch.where(full, leaver, filled).clamp(max=self.capacity - 1)
-        stays = ~full | (leaver < self.capacity)
-        kept, at = classes[:, None], slot[:, None]
-        row = to_newcomer.scatter(1, at, newcomers.square().sum(dim=1, keepdim=True))
-        write = stays[:, None]
-        self.entries[kept, at] = torch.where(write[..., None], newcomers[:, None], self.entries[kept, at])
-        self.similarity[classes, slot] = torch.where(write, row, self.similarity[classes, slot])
-        self.similarity[classes, :, slot] = torch.where(write, row, self.similarity[classes, :, slot])
-        self.age[classes, slot] = torch.where(stays, self.joined[classes], self.age[classes, slot])
-        self.joined[classes] += 1
-        self.filled[classes] = (filled + 1).clamp(max=self.capacity)
+        newcomers = self.entries.new_zeros(len(present), most, vectors.shape[1])
+        newcomers[of, turn] = normalize(vectors.float(), dim=1)
+        arrived = torch.zeros(len(present), most, dtype=torch.bool, device=device)
+        arrived[of, turn] = True
+        pool = torch.cat([self.entries[classes], newcomers], dim=1)
+        valid = torch.cat([self.valid()[classes], arrived], dim=1)
+        similarity = self._pooled_similarity(classes, newcomers)
 
-    def _leaver(self, similarity: Tensor, to_newcomer: Tensor, to_itself: Tensor, age: Tensor) -> Tensor:
-        """The slot that a full memory gives up, (R,); `capacity` stands for the newcomer itself."""
-        if self.policy == "fifo":
-            return age.argmin(dim=1)
-        redundancy = similarity.double().sum(dim=2) + to_newcomer
-        own = to_newcomer.double().sum(dim=1) + to_itself
-        redundancy = torch.cat([redundancy, own[:, None]], dim=1)
-        newest = torch.full_like(age[:, :1], torch.iinfo(torch.long).max - 1)
-        ages = torch.cat([age, newest], dim=1)
-        most = redundancy >= redundancy.amax(dim=1, keepdim=True) - TIE
-        return ages.masked_fill(~most, torch.iinfo(torch.long).max).argmin(dim=1)
+        for _ in range(most):
+            self._drop_one(similarity, valid)
+        kept = torch.argsort(~valid, dim=1, stable=True)[:, : self.capacity]  # those that stay, in their order, come first
+        rows = torch.arange(len(present), device=device)[:, None]
+        self.entries[classes] = pool[rows, kept]
+        self.similarity[classes] = similarity[rows[..., None], kept[:, :, None], kept[:, None, :]]
+        self.filled[classes] = valid.sum(dim=1)
+
+    def _pooled_similarity(self, classes: Tensor, newcomers: Tensor) -> Tensor:
+        """Similarities of the entries of `classes` and the newcomers (P, M, D), old ones not computed again: (P, N+M, N+M)."""
+        across = self.entries[classes] @ newcomers.mT
+        above = torch.cat([self.similarity[classes], across], dim=2)
+        below = torch.cat([across.mT, newcomers @ newcomers.mT], dim=2)
+        return torch.cat([above, below], dim=1)
+
+    def _drop_one(self, similarity: Tensor, valid: Tensor) -> None:
+        """Where more than N of the pool (P, N+M) are left, one leaves: its similarities become 0. In place."""
+        places = torch.arange(valid.shape[1], device=valid.device)
+        candidates = valid
+        if self.policy == "redundancy":
+            redundancy = similarity.double().sum(dim=2).masked_fill(~valid, -torch.inf)
+            candidates = redundancy >= redundancy.amax(dim=1, keepdim=True) - TIE
+        leaver = places.expand_as(valid).masked_fill(~candidates, len(places)).amin(dim=1, keepdim=True)  # the oldest of equals
+        leaves = (places == leaver) & (valid.sum(dim=1, keepdim=True) > self.capacity)
+        valid &= ~leaves
+        similarity.masked_fill_(leaves[:, :, None] | leaves[:, None, :], 0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must keep; `load_state` is the inverse."""
-        return {name: getattr(self, name) for name in ("entries", "similarity", "age", "joined", "filled")}
+        return {name: getattr(self, name) for name in ("entries", "similarity", "filled")}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
-
-
-def _rounds(labels: Tensor) -> list[Tensor]:
-    """Cut a batch into rounds in which every class comes at most once: round r holds each class's r-th sample, in order."""
-    same_before = (labels[:, None] == labels[None, :]).tril(-1).sum(dim=1)
-    return [torch.nonzero(same_before == turn).flatten() for turn in range(int(same_before.max()) + 1 if len(labels) else 0)]
 
 
 def _extreme_per_class(similarity: Tensor, labels: Tensor, memory: ClassMemory, reduce: Literal["amin", "amax"]) -> tuple[Tensor, Tensor]:

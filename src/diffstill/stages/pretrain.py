@@ -59,7 +59,6 @@ def _facts(made: Generator, real: Artifact) -> dict[str, object]:
         "side": real.facts["side"],
         "channels": real.facts["channels"],
         "null_label": made.null_label,
-        "timesteps": made.scheduler["num_train_timesteps"],
         "parameters_transformer": sum(weight.numel() for weight in made.transformer.parameters()),
         "parameters_vae": sum(weight.numel() for weight in made.vae.parameters()),
     }

@@ -51,8 +51,6 @@ def sample(
     tuned = open_artifact(denoiser, "denoiser") if denoiser else None
     if tuned and tuned.manifest.inputs["generator"] != made.digest:
         raise DiffstillError(f"{denoiser}: was fine-tuned from another generator than {generator}; run `finetune` again")
-    if config.steps > made.facts["timesteps"]:
-        raise DiffstillError(f"`sample.steps` {config.steps} exceeds the generator's {made.facts['timesteps']} timesteps; lower it")
     refuse_foreign(distilled)
     classes = _chosen(config.classes, made.facts["classes"])
     inputs = {"generator": made} | ({"denoiser": tuned} if tuned else {})
@@ -95,6 +93,8 @@ def _opened(config: SampleConfig, made: Artifact, tuned: Artifact | None, device
 
     def load(delta_seed: int | None) -> Generator:
         opened = load_generator(made.folder, made.facts["frequency_shift"])
+        if config.steps > (timesteps := len(opened.alphas_cumprod())):
+            raise DiffstillError(f"`sample.steps` {config.steps} exceeds the generator's {timesteps} timesteps; lower it")
         if tuned and delta_seed is not None:
             apply_delta(opened.transformer, load_file(tuned.folder / f"seed-{delta_seed}" / "delta.safetensors"))
         return opened.to(device)
