@@ -19,14 +19,16 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 
 demo: setup  ## the whole chain on the embedded digits, in build/demo
 	@mkdir -p $(DEMO)
-	@cp dvc.yaml params.yaml $(DEMO)/
-	@ln -sfn ../../src $(DEMO)/src
-	@cd $(DEMO) && export PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 \
-		&& { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.check_update false \
-		&& dvc repro && diffstill summary
+	@cp params.yaml $(DEMO)/
+	@cd $(DEMO) && $(CURDIR)/$(BIN)/diffstill run
 
-lock: demo  ## make the demo's dvc.lock the committed one, after a change of code or knobs
-	cp $(DEMO)/dvc.lock dvc.lock
+lock: setup  ## run the chain under DVC, in build/lock, and make its dvc.lock the committed one
+	@mkdir -p build/lock
+	@cp dvc.yaml params.yaml build/lock/
+	@ln -sfn ../../src build/lock/src
+	@cd build/lock && export PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 MLFLOW_TRACKING_URI=none \
+		&& { [ -d .dvc ] || dvc init --quiet --no-scm; } && dvc config core.check_update false && dvc repro
+	cp build/lock/dvc.lock dvc.lock
 
 test: setup  ## all tests that need no service of their own
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
