@@ -233,9 +233,6 @@ def _chosen(wanted: tuple[str, ...] | None, known: Sequence[str], where: str) ->
     unknown = [name for name in classes if name not in known]
     if unknown:
         raise DiffstillError(f"`prepare.classes` names {_shortened(unknown)}, unknown to {where}; known are {_shortened(known, 20)}")
-    repeated = sorted({name for name in classes if classes.count(name) > 1})
-    if repeated:
-        raise DiffstillError(f"`prepare.classes` names {_shortened(repeated)} more than once; name each class once")
     if len(classes) < 2:
         what = f"only the class {classes[0]!r}" if classes else "no class"
         fix = "name more in `prepare.classes`" if wanted is not None else LAYOUT

@@ -121,7 +121,7 @@ def _draw_all(config: SampleConfig, opened: Generator, slots: list[_Slot], bar: 
     for start in range(0, len(slots), config.chunk_size):
         chunk = slots[start : start + config.chunk_size]
         filled = chunk + [chunk[0]] * (config.chunk_size - len(chunk))
-        for slot, pixels in zip(chunk, _draw(config, opened, filled), strict=False):
+        for slot, pixels in zip(chunk, _draw(config, opened, filled)[: len(chunk)], strict=True):
             drawn.setdefault(slot.seed, []).append((slot, pixels))
         bar.update(len(chunk))
     return drawn
