@@ -260,7 +260,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "encode": {"shard_size": 16384},
         "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4},
         "sample": {"guidance": 2.0},
-        "evaluate": {"students": ["convnet-3"], "student_seeds": [0], "protocol": "short-200"},
+        "evaluate": {"students": ["convnet-3"], "student_seeds": [0], "protocol": "short-200", "evaluations": 1},
     },
     "folder": {
         "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
