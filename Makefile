@@ -13,7 +13,7 @@ setup: $(VENV)/.ready  ## virtual environment in .venv with the pinned packages
 $(VENV)/.ready: constraints.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,kfp,s3,dev]'
 	$(BIN)/pip check
 	touch $@
 
@@ -33,6 +33,9 @@ lock: setup  ## run the chain under DVC, in build/lock, and make its dvc.lock th
 test: setup  ## all tests that need no service of their own
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-slow: setup  ## the tests that take minutes each
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
 check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,10 +43,29 @@ check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell src tests docs README.md CHANGELOG.md Makefile dvc.yaml
 
+DOCKER ?= docker
+TARGETS ?= cpu
+VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' src/diffstill/__init__.py)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+
+images:  ## container images; TARGETS="cpu gpu" builds both, BUILD_OPTIONS go to docker build
+	@for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --target $$target --tag diffstill:$$target \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) . || exit; done
+	@$(DOCKER) image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' diffstill
+
+images-scan: setup  ## lint the Dockerfile
+	$(BIN)/hadolint docker/Dockerfile
+
+images-push: setup  ## push to REGISTRY=host/name and write docker/images.lock
+	@DOCKER=$(DOCKER) $(BIN)/python docker/push.py --registry '$(REGISTRY)' $(TARGETS)
+
+test-containers: setup  ## build the images and test them; root, Docker is installed and started where missing
+	@tests/containers/run
+
 ui: setup  ## browse the demo's runs in MLflow
 	cd $(DEMO) && $(CURDIR)/$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean:  ## remove the demo and all caches, keep the environment
 	rm -rf build .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo lock test check ui clean
+.PHONY: help setup demo lock test test-slow check images images-scan images-push test-containers ui clean

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from conftest import contents
+from chains import contents
 from diffstill.artifacts import (
     MANIFEST,
     WorkFolder,

@@ -14,7 +14,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import diffstill
-from conftest import contents
+from chains import contents
 from diffstill.cli import main
 from diffstill.config import PRESETS, Params, json_schema, load_params, preset, render_params
 from diffstill.run import STAGES

@@ -98,9 +98,9 @@ def test_digits_in_colour_are_replicated_and_other_sides_resized():
         ({"classes": ("1", "x", "y")}, r"`prepare.classes` names 'x', 'y', unknown to digits; known are '0', '1'"),
         ({"classes": ("1",)}, r"only the class '1'.*at least two; name more in `prepare.classes`"),
         ({"location": "somewhere"}, r"'somewhere', but the digits lie inside scikit-learn; set it to null"),
-        ({"source": "folder", "location": "s3://bucket/x"}, r"'s3://bucket/x': source folder does not support s3:// yet"),
-        ({"source": "fashion-mnist", "location": "s3://bucket/x"}, r"source fashion-mnist does not support s3:// yet"),
-        ({"source": "folder", "location": "https://host/x"}, r"source folder does not support https:// yet"),
+        ({"source": "folder", "location": "s3://bucket/x"}, r"'s3://bucket/x': source folder does not read s3://"),
+        ({"source": "fashion-mnist", "location": "s3://bucket/x"}, r"source fashion-mnist does not read s3://"),
+        ({"source": "folder", "location": "https://host/x"}, r"source folder does not read https://"),
         ({"source": "folder"}, r"`prepare.location` is null.*train/<class>/<image>"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import contents
+from chains import contents
 from diffstill.config import load_params, preset, render_params
 from diffstill.run import chain
 

@@ -11,7 +11,7 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from conftest import enter
+from chains import enter
 from diffstill.artifacts import load_split, open_artifact, to_unit
 from diffstill.config import Params
 from diffstill.diffusion import add_noise, sample_latents

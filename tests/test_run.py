@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import Chain, contents
+from chains import Chain, contents
 from diffstill.artifacts import MANIFEST, open_artifact, read_manifest
 from diffstill.config import Params, preset, render_params
 from diffstill.errors import DiffstillError
@@ -69,13 +69,13 @@ def test_manifests_name_no_time_place_or_machine(tiny_chain):
 
 
 def test_costs_go_to_a_side_log(tiny_chain):
-    lines = [json.loads(line) for line in (tiny_chain.artifacts.parent / ".diffstill" / "costs.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tiny_chain.artifacts.parent / "work" / "costs.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [step.name for step in chain(tiny_chain.params)]
     assert all(line["seconds"] > 0 and line["peak_memory_mib"] > 50 for line in lines)
 
 
 def test_finished_work_leaves_no_checkpoints(tiny_chain):
-    assert [name for name in contents(tiny_chain.artifacts.parent / "work") if not name.endswith(".lock")] == []
+    assert [name for name in contents(tiny_chain.artifacts.parent / "work") if not name.endswith(".lock")] == ["costs.jsonl"]
 
 
 def test_another_process_in_another_folder_makes_the_same_bytes(tiny_chain, tmp_path):
@@ -163,7 +163,7 @@ def test_missing_inputs_are_refused_before_the_stage_is_loaded(tiny_chain, tmp_p
     ]
     for name, paths in cases:
         with pytest.raises(DiffstillError, match=r"absent: no artifact here; run the stage that makes it first"):
-            run_stage(name, tiny_chain.params, paths)
+            run_stage(name, tiny_chain.params.section(name), paths)
         assert not (tmp_path / "out").exists()
 
 
@@ -171,7 +171,9 @@ def test_an_output_of_another_kind_is_refused_before_the_stage_starts(tiny_chain
     caplog.set_level(logging.INFO, logger="diffstill")
     before = contents(tiny_chain.artifacts)
     with pytest.raises(DiffstillError, match="holds a `generator` artifact; refusing to replace it by `distilled`"):
-        run_stage("sample", tiny_chain.params, {"generator": tiny_chain.artifacts / "generator", "distilled": tiny_chain.artifacts / "generator"})
+        run_stage(
+            "sample", tiny_chain.params.sample, {"generator": tiny_chain.artifacts / "generator", "distilled": tiny_chain.artifacts / "generator"}
+        )
     assert caplog.messages == []
     assert contents(tiny_chain.artifacts) == before
 
@@ -179,7 +181,7 @@ def test_an_output_of_another_kind_is_refused_before_the_stage_starts(tiny_chain
 def test_a_stage_returns_its_metrics_and_says_how_long_it_took(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="diffstill")
-    metrics = run_stage("prepare", preset("tiny"), {"images": tmp_path / "images"}, step="prepare@mine")
+    metrics = run_stage("prepare", preset("tiny").prepare, {"images": tmp_path / "images"}, step="prepare@mine")
     assert metrics == {"train_images": 387.0, "val_images": 43.0, "test_images": 107.0, "rejected": 0.0}
     assert caplog.messages[0] == "prepare@mine ..."
     assert re.match(r"prepare@mine done in .* s, peak memory .* MiB: train_images 387, ", caplog.messages[-1])
@@ -222,13 +224,13 @@ def test_a_folder_that_changed_outside_is_noticed(tmp_path, monkeypatch, caplog)
             Image.new("L", (8, 8), shade + number).save(path)
     params = changed(preset("tiny"), "prepare", source="folder", location="data", classes=None)
     step = chain(params)[0]
-    run_stage("prepare", params, {"images": tmp_path / "images"})
+    run_stage("prepare", params.prepare, {"images": tmp_path / "images"})
     before = contents(tmp_path / "images")
     assert not _is_current(step, params, tmp_path)
-    run_stage("prepare", params, {"images": tmp_path / "images"})
+    run_stage("prepare", params.prepare, {"images": tmp_path / "images"})
     assert contents(tmp_path / "images") == before
     Image.new("L", (8, 8), 90).save(tmp_path / "data" / "train" / "dark" / "9.png")
-    run_stage("prepare", params, {"images": tmp_path / "images"})
+    run_stage("prepare", params.prepare, {"images": tmp_path / "images"})
     assert contents(tmp_path / "images") != before
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from conftest import contents
+from chains import contents
 from diffstill.errors import DiffstillError
 from diffstill.summary import print_summary
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Chain
+from chains import Chain
 from diffstill.config import Params, preset
 from diffstill.errors import DiffstillError
 from diffstill.run import run_stage
@@ -49,7 +49,7 @@ def runs(database, monkeypatch, request):
 
 
 def stage(name: str, params: Params = TINY):
-    return stage_run(name, params, params.section(name))
+    return stage_run(name, params.section(name), params)
 
 
 def parent_of(run) -> str:
@@ -75,7 +75,7 @@ def test_stages_of_one_chain_share_a_parent(runs):
 def test_another_process_finds_the_parent(runs, database):
     with stage("prepare"):
         pass
-    code = "from diffstill.config import preset; from diffstill.tracking import stage_run; p = preset('tiny')\nwith stage_run('encode', p, p.encode): pass"
+    code = "from diffstill.config import preset; from diffstill.tracking import stage_run; p = preset('tiny')\nwith stage_run('encode', p.encode, p): pass"
     subprocess.run([sys.executable, "-c", code], cwd=database, check=True)
     nested = [run for run in runs() if "diffstill.stage" in run.data.tags]
     assert sorted(run.info.run_name for run in nested) == ["encode", "prepare"]
@@ -123,7 +123,7 @@ def test_an_injected_run_is_the_parent_and_stays_open(runs, monkeypatch):
 
 def test_a_real_stage_logs_its_knobs_metrics_and_pictures(runs, tiny_chain: Chain, tmp_path):
     paths = {"generator": tiny_chain.artifacts / "generator", "distilled": tmp_path / "distilled"}
-    run_stage("sample", tiny_chain.params, paths, step="sample-untuned")
+    run_stage("sample", tiny_chain.params.sample, paths, params=tiny_chain.params, step="sample-untuned")
     (run,) = runs(**{"diffstill.stage": "sample-untuned"})
     assert run.info.status == "FINISHED"
     assert run.data.params == {name: str(value) for name, value in tiny_chain.params.sample.model_dump(mode="json").items()}
@@ -140,7 +140,7 @@ def test_the_report_of_a_chain_is_logged(runs, tiny_chain: Chain, tmp_path):
     here = tiny_chain.artifacts
     paths = {name: here / name for name in STAGES["report"].inputs}
     scores = [here / name for name in score_names(tiny_chain.params.evaluate.students)]
-    metrics = run_stage("report", tiny_chain.params, {**paths, "scores": scores, "report": tmp_path / "report"})
+    metrics = run_stage("report", tiny_chain.params.report, {**paths, "scores": scores, "report": tmp_path / "report"}, params=tiny_chain.params)
     (run,) = runs(**{"diffstill.stage": "report"})
     assert metrics.items() <= run.data.metrics.items()
     assert "report.html" in [file.path for file in runs.client.list_artifacts(run.info.run_id)]

@@ -44,7 +44,7 @@ def test_one_name_everywhere():
 
 def test_every_artifact_is_made_by_one_stage_and_explained():
     assert sorted(stage.output for stage in STAGES.values()) == sorted(typing.get_args(Kind))
-    assert set(PATHS) == {name for stage in STAGES.values() for name in (stage.output, *stage.inputs, *stage.optional, *stage.many)}
+    assert set(PATHS) == {name for stage in STAGES.values() for name in (stage.output, *stage.inputs, *stage.optional, *stage.many, *stage.outside)}
 
 
 def test_every_module_has_a_test_file():
@@ -69,9 +69,10 @@ def test_signature(name):
         stage.output: (Path, inspect.Parameter.empty),
         "record": (Record, ignore),
         **dict.fromkeys(stage.inputs, (Path, inspect.Parameter.empty)),
-        **dict.fromkeys(stage.optional, (Path | None, None)),
+        **dict.fromkeys((*stage.optional, *stage.outside), (Path | None, None)),
         **dict.fromkeys(stage.many, (Sequence[Path], inspect.Parameter.empty)),
         **dict.fromkeys(stage.options, (str | None, None)),
+        **({"parts": (Sequence[Path], ()), "shard": (str | None, None)} if stage.sharded else {}),
         **({"device": (str, "cpu")} if stage.on_device else {}),
     }
     assert {given: (hints[given], parameter.default) for given, parameter in parameters.items()} == expected
@@ -82,7 +83,8 @@ def test_signature(name):
 def test_the_subcommand_has_the_same_interface(name):
     stage, options = STAGES[name], {option.name: option for option in main.commands[name].params}
     paths = {stage.output, *stage.inputs, *stage.optional, *stage.many}
-    assert set(options) == paths | {*stage.options, "step", "params_path"} | ({"device"} if stage.on_device else set())
+    more = {*stage.options, *stage.outside} | ({"device"} if stage.on_device else set()) | ({"shard", "parts"} if stage.sharded else set())
+    assert set(options) == paths | more | {"step", "params_path"}
     assert {given for given, option in options.items() if option.required} == paths - set(stage.optional)
 
 
@@ -132,6 +134,7 @@ def test_a_dvc_stage_does_what_the_step_does(params, step):
     assert (program, command) == ("diffstill", step.stage)
 
     given = main.commands[command].make_context(command, arguments).params
+    assert not given.get("parts")
     folders = {name: Path("artifacts") / where if isinstance(where, str) else Path("artifacts") / name for name, where in step.paths.items()}
     assert {name: value for name, value in given.items() if isinstance(value, Path) and name != "params_path"} == folders
     assert given["step"] == step.name

@@ -103,9 +103,15 @@ def read_manifest(folder: Path, kind: Kind) -> Artifact:
         ) from error
 
 
-def open_artifact(folder: Path, kind: Kind) -> Artifact:
-    """Open and verify: right kind, every file present and of its digest, none added. Raises `DiffstillError` naming the file."""
+def open_artifact(folder: Path, kind: Kind, *, shard: bool = False) -> Artifact:
+    """Open and verify: right kind, every file present and of its digest, none added; with `shard`, one shard of it, else the whole.
+
+    Raises `DiffstillError` naming the file.
+    """
     artifact = read_manifest(folder, kind)
+    if ("shard" in artifact.facts) != shard:
+        held = f"only shard {artifact.facts['shard']} of" if not shard else "no shard but the whole of"
+        raise DiffstillError(f"{folder}: holds {held} a `{kind}` artifact; `--parts` takes shards and gathers them, everything else takes the whole")
     listed = artifact.manifest.files
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in DESKTOP_LITTER} - {MANIFEST}
     for name in sorted(listed.keys() | present):
@@ -140,7 +146,7 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
             path.chmod(0o644)  # safetensors writes for its owner alone
         files = {path.relative_to(draft.folder).as_posix(): file_digest(path) for path in paths}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
-        manifest = Manifest(kind=kind, config=json.loads(config.canonical()), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
+        manifest = Manifest(kind=kind, config=config.plain(), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
         (draft.folder / MANIFEST).write_text(manifest.text())
         _replace(draft.folder, folder)
     finally:
@@ -183,10 +189,10 @@ def _replace(new: Path, folder: Path) -> None:
         shutil.rmtree(aside.parent)
 
 
-def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_size: int) -> None:
-    """Cut equally long `arrays` along their first axis into `<prefix>-00000.safetensors`, ... of `shard_size` rows."""
+def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_size: int, first: int = 0) -> None:
+    """Cut equally long `arrays` along their first axis into `<prefix>-00000.safetensors`, ... of `shard_size` rows, numbered from `first`."""
     rows = len(next(iter(arrays.values())))
-    for number, start in enumerate(range(0, rows, shard_size)):
+    for number, start in enumerate(range(0, rows, shard_size), first):
         part = {name: np.ascontiguousarray(array[start : start + shard_size]) for name, array in arrays.items()}
         save_file(part, folder / f"{prefix}-{number:05d}.safetensors")
 
@@ -216,16 +222,26 @@ def to_pixels(unit: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.rint((unit.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
+def work_root() -> Path:
+    """Where processes keep what is no artifact: `$DIFFSTILL_WORK`, by default `.diffstill/work` in the current folder."""
+    return Path(os.environ.get("DIFFSTILL_WORK", ".diffstill/work"))
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$DIFFSTILL_CACHE`, or `~/.cache/diffstill`."""
+    root = os.environ.get("DIFFSTILL_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "diffstill"
+
+
 class WorkFolder:
     """Where a long stage keeps what a killed run goes on from: outside its outputs, keyed by configuration and inputs.
 
-    Lies under `$DIFFSTILL_WORK`, by default `.diffstill/work` in the current folder.
+    Lies under `work_root()`.
     """
 
     def __init__(self, stage: str, config: Section, inputs: Mapping[str, Artifact], *more: str) -> None:
         key = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
-        root = Path(os.environ.get("DIFFSTILL_WORK", ".diffstill/work"))
-        self.folder = root / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.folder = work_root() / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self._lock = FileLock(self.folder.with_suffix(".lock"), timeout=0)
 
     def __enter__(self) -> Self:

@@ -35,6 +35,8 @@ PATHS = {
     "untuned": "images of the untuned generator, from `sample` without --denoiser",
     "scores": "student runs, from `evaluate`",
     "report": "tables, figures and the page, from `report`",
+    "data": "folder of the data, in place of `prepare.location`",
+    "weights": "a diffusers DiTPipeline folder, in place of `pretrain.location`",
 }
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COMPLETERS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
@@ -47,29 +49,33 @@ MENDABLE = {
 """What a user can do about an error of the file system; any other is a bug of ours."""
 
 
-class _Group(click.Group):
-    """Prints a user's error as one message, exit code 2; a bug keeps its traceback."""
+class Group(click.Group):
+    """Commands that print a user's error as one message, exit code 2; a bug keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except DiffstillError as error:
-            raise _Refusal(str(error)) from error
+            raise Refusal(str(error)) from error
         except OSError as error:
             if error.errno not in MENDABLE:
                 raise
             place = f"{error.filename}: " if error.filename else ""
-            raise _Refusal(f"{place}{error.strerror}; {MENDABLE[error.errno]}") from error
+            raise Refusal(f"{place}{error.strerror}; {MENDABLE[error.errno]}") from error
 
 
-class _Refusal(click.ClickException):
+class Refusal(click.ClickException):
+    """What the user can mend: one message, exit code 2."""
+
     exit_code = 2
 
     def show(self, file: Any = None) -> None:  # noqa: ARG002  (click's signature)
+        """Print the message."""
         click.echo(f"error: {self.message}", err=True)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
 @click.version_option(__version__, prog_name="diffstill")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors; no progress bars.")
@@ -78,11 +84,17 @@ def main(verbose: bool, quiet: bool) -> None:
 
     Start with `diffstill preset digits` and `diffstill run`.
     """
+    log_to_terminal(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+def log_to_terminal(level: int) -> None:
+    """Our own messages from `level` on, those of libraries from warnings on, to standard error."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
-    logging.getLogger("diffstill").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("diffstill").setLevel(level)
 
 
-def _params_option(command: Command) -> Command:
+def params_option(command: Command) -> Command:
+    """The file of the knobs."""
     return click.option(
         "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
     )(command)
@@ -90,21 +102,6 @@ def _params_option(command: Command) -> Command:
 
 def _device_option(command: Command) -> Command:
     return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")(command)
-
-
-def _resolve_device(device: str) -> str:
-    """The torch device of that name, checked."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError as error:
-        raise DiffstillError(f"--device {device!r} is not a device; use cpu, cuda, cuda:<n> or auto") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and index >= torch.cuda.device_count()):
-        raise DiffstillError(f"--device {device!r} is not here ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
-    return device
 
 
 def _stage_command(name: str) -> click.Command:
@@ -118,21 +115,26 @@ def _stage_command(name: str) -> click.Command:
         click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell")
         for given in stage.many
     ]
+    options += [click.Option([f"--{given}"], type=FOLDER, help=PATHS[given]) for given in stage.outside]
     options += [click.Option([f"--{given}"], help=f"only this {given} of params.yaml") for given in stage.options]
+    if stage.sharded:
+        options.append(click.Option(["--shard"], metavar="I/N", help="make only share I of N, counted from 0; `--parts` gathers them"))
+        options.append(click.Option(["--parts"], type=FOLDER, multiple=True, help="what a shard made: give all of them to gather the whole"))
     options.append(click.Option([f"--{stage.output}"], type=FOLDER, required=True, help=f"output folder: {PATHS[stage.output]}"))
     options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
 
     def callback(params_path: Path, step: str, device: str = "auto", **given: Any) -> None:
-        from diffstill.run import run_stage, score_names
+        from diffstill.run import resolve_device, run_stage, score_names
 
         params = load_params(params_path)
         if stage.many:
             given["scores"] = [given["scores"] / Path(name).relative_to("scores") for name in score_names(params.evaluate.students)]
-        options = {option: given.pop(option) for option in stage.options}
-        run_stage(name, params, given, step=step, device=_resolve_device(device) if stage.on_device else "cpu", **options)
+        options = {option: given.pop(option) for option in (*stage.options, *(["shard"] if stage.sharded else []))}
+        on = resolve_device(device) if stage.on_device else "cpu"
+        run_stage(name, params.section(name), given, params=params, step=step, device=on, **options)
 
     command = click.Command(name, params=options, callback=callback, help=f"{SUMMARIES[name]}\n\n{_knobs(name)}", short_help=SUMMARIES[name])
-    return _params_option(_device_option(command) if stage.on_device else command)
+    return params_option(_device_option(command) if stage.on_device else command)
 
 
 def _knobs(stage: str) -> str:
@@ -154,14 +156,14 @@ for _name in SUMMARIES:
 
 
 @main.command()
-@_params_option
+@params_option
 @click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")
 @_device_option
 def run(params_path: Path, artifacts: Path, device: str) -> None:
     """Run the whole chain; steps whose artifact is up to date are left alone."""
-    from diffstill.run import run_chain
+    from diffstill.run import resolve_device, run_chain
 
-    run_chain(load_params(params_path), artifacts, _resolve_device(device))
+    run_chain(load_params(params_path), artifacts, resolve_device(device))
     _summarise(artifacts)
 
 
@@ -179,7 +181,7 @@ def _summarise(artifacts: Path) -> None:
 
 
 @main.command()
-@_params_option
+@params_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(params_path: Path, as_json: bool) -> None:
     """Print the resolved configuration."""
@@ -229,7 +231,7 @@ def doctor() -> None:
     from diffstill.doctor import examine
 
     if not examine():
-        raise _Refusal("something that diffstill needs is missing, see above")
+        raise Refusal("something that diffstill needs is missing, see above")
 
 
 @main.command()

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -39,6 +39,7 @@ Batch = Annotated[int, Field(ge=1, le=100_000)]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -48,7 +49,11 @@ class Section(BaseModel):
 
     def canonical(self) -> str:
         """The section as JSON with sorted keys: equal knobs give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.plain(), sort_keys=True, separators=(",", ":"))
+
+    def plain(self) -> dict[str, Any]:
+        """The section as it stands in JSON: mappings, lists, text, numbers."""
+        return self.model_dump(mode="json")
 
 
 class PrepareConfig(Section):
@@ -279,7 +284,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "threads": 1,
             "checkpoint_every": 5,
         },
-        "encode": {"threads": 1},
+        "encode": {"batch_size": 32, "shard_size": 96, "threads": 1},
         "finetune": {"steps": 12, "batch_size": 12, "capacity_real": 4, "capacity_gen": 4, "log_every": 1, "threads": 1, "checkpoint_every": 5},
         "sample": {"images_per_class": 2, "seeds": [0, 1], "steps": 3, "chunk_size": 4, "threads": 1},
         "evaluate": {
@@ -303,22 +308,33 @@ def preset(name: str) -> Params:
 
 def load_params(path: Path) -> Params:
     """Read `params.yaml`. Raises `DiffstillError` naming every wrong knob, its value and the rule."""
+    return read_yaml(path, Params, "write one with `diffstill preset digits`")
+
+
+def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
+    """The sections of a YAML file. Raises `DiffstillError` naming every wrong entry, its value and the rule; `advice` says how to get a right file."""
     if not path.is_file():
-        raise DiffstillError(f"{path}: no such file; write one with `diffstill preset digits`")
+        raise DiffstillError(f"{path}: no such file; {advice}")
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DiffstillError(f"{path}: not valid YAML ({_first_problem(error)})") from error
     if not isinstance(values, dict | None):
-        raise DiffstillError(
-            f"{path}: holds {values!r:.40} where sections are expected ({', '.join(Params.STAGES)}); write one with `diffstill preset digits`"
-        )
+        raise DiffstillError(f"{path}: holds {values!r:.40} where sections are expected ({', '.join(model.model_fields)}); {advice}")
     try:
-        return Params.model_validate_json(json.dumps(values or {}))
-    except ValidationError as error:
-        raise DiffstillError(f"{path}: {_explain(error)}") from error
+        return read_json(json.dumps(values or {}), model)
+    except DiffstillError as error:
+        raise DiffstillError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
         raise DiffstillError(f"{path}: holds a value that is no number, text, list or mapping ({error})") from error
+
+
+def read_json(text: str, model: type[SectionType]) -> SectionType:
+    """A section from its JSON. Raises `DiffstillError` naming every wrong entry, its value and the rule."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise DiffstillError(_explain(error)) from error
 
 
 def _first_problem(error: Exception) -> str:

@@ -25,6 +25,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
+from diffstill.artifacts import cache_folder
 from diffstill.config import PrepareConfig
 from diffstill.errors import DiffstillError
 from diffstill.record import Record, ignore
@@ -116,7 +117,7 @@ def load(config: PrepareConfig, record: Record = ignore) -> Dataset:
     if "://" in location and config.source != "digits" and not downloads:
         scheme = location.partition("://")[0]
         raise DiffstillError(
-            f"`prepare.location` {location!r}: source {config.source} does not support {scheme}:// yet; copy the data to a local folder"
+            f"`prepare.location` {location!r}: source {config.source} does not read {scheme}://; name a folder, s3://<bucket>/<prefix> or a DVC repository"
         )
     return {"digits": digits, "fashion-mnist": fashion_mnist, "folder": folder}[config.source](config, record)
 
@@ -291,8 +292,7 @@ def _is_url(location: str) -> bool:
 
 def _download_all(prefix: str, digests: Mapping[str, str], record: Record) -> Path:
     """Fetch the files below `prefix` that the cache lacks; the cache folder."""
-    root = os.environ.get("DIFFSTILL_CACHE")
-    cache = (Path(root) if root else Path.home() / ".cache" / "diffstill") / "fashion-mnist"
+    cache = cache_folder() / "fashion-mnist"
     cache.mkdir(parents=True, exist_ok=True)
     retry = Retry(total=4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
     with requests.Session() as session:

@@ -1,4 +1,4 @@
-"""`diffstill doctor`: what this machine offers, and what is missing."""
+"""`diffstill doctor`: what this machine offers, what is missing, and whether it has what a run needs before GPU time is spent."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffstill.tracking import without_secrets
+from diffstill.artifacts import cache_folder, work_root
+from diffstill.errors import DiffstillError
+from diffstill.storage import probe
+from diffstill.tracking import check_tracking, without_secrets
 
 NEEDED = ("torch", "torchvision", "diffusers", "timm", "safetensors", "pydantic", "scikit-learn", "mlflow")
 OPTIONAL = ("dvc", "kfp", "boto3")
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 ENDPOINTS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "AWS_ENDPOINT_URL", "DIFFSTILL_WORK", "DIFFSTILL_CACHE")
 MIN_DISK_GIB = 2.0
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,59 @@ class Finding:
     verdict: Literal["ok", "missing", "-"]
 
 
+class Needs(BaseModel):
+    """What a run needs of the machine and the services around it. Secrets go by the names of their variables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    gpus: int = Field(0, ge=0, description="CUDA devices that compute")
+    disk_gib: float = Field(0, ge=0, description="free GiB where work, downloads and temporary files go")
+    shared_memory_gib: float = Field(0, ge=0, description="size of /dev/shm in GiB")
+    environment: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = Field(
+        (), description="names of variables that must be set and not empty"
+    )
+    store: str | None = Field(None, description="an s3:// prefix that must take, give back and delete an object")
+    mlflow: bool = Field(False, description="whether the tracking server must answer and take runs")
+
+
 def examine() -> bool:
     """Print all findings; False if something needed is missing."""
     findings = [*_packages(), *_machine(), *_environment()]
+    _print(findings)
+    return all(finding.verdict != "missing" for finding in findings)
+
+
+def preflight(needs: Needs) -> None:
+    """Check everything that a run needs, a line each. Raises one `DiffstillError` that lists all that is missing."""
+    findings = list(_checked(needs))
+    _print(findings)
+    missing = [f"{finding.what}: {finding.found}" for finding in findings if finding.verdict == "missing"]
+    if missing:
+        listed = missing[0] if len(missing) == 1 else "; ".join(f"({number}) {one}" for number, one in enumerate(missing, 1))
+        raise DiffstillError(f"this machine lacks what the run needs: {listed}")
+
+
+def _checked(needs: Needs) -> Iterator[Finding]:
+    if needs.gpus:
+        yield _gpus(needs.gpus)
+    if needs.disk_gib:
+        yield from (_disk(folder, needs.disk_gib) for folder in _written())
+    if needs.shared_memory_gib:
+        yield _shared_memory(needs.shared_memory_gib)
+    yield from (_variable(name) for name in needs.environment)
+    if needs.store:
+        yield _answer("store", partial(_probed, needs.store))
+    if needs.mlflow:
+        yield _answer("mlflow", check_tracking)
+
+
+def _print(findings: Sequence[Finding]) -> None:
     table = Table(show_edge=False, box=None)
     for title in ("", "found", ""):
         table.add_column(title, overflow="fold")
     for finding in findings:
         table.add_row(finding.what, escape(finding.found), {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "-": ""}[finding.verdict])
     Console(highlight=False).print(table)
-    return all(finding.verdict != "missing" for finding in findings)
 
 
 def _packages() -> list[Finding]:
@@ -58,13 +110,13 @@ def _packages() -> list[Finding]:
 def _machine() -> list[Finding]:
     import torch
 
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    free = shutil.disk_usage(Path.cwd()).free / GIB
     memory = psutil.virtual_memory()
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return [
         Finding("device", ", ".join(names) or "cpu (no CUDA device)", "ok"),
         Finding("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads", "ok"),
-        Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", "ok"),
+        Finding("memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free", "ok"),
         Finding(
             "disk", f"{free:.1f} GiB free in the current folder (at least {MIN_DISK_GIB:.0f} wanted)", "ok" if free >= MIN_DISK_GIB else "missing"
         ),
@@ -79,3 +131,63 @@ def _environment() -> list[Finding]:
     """Endpoints without the credentials that a URL may carry; of secrets only whether they are set."""
     endpoints = [Finding(name, without_secrets(os.environ.get(name, "not set")), "-") for name in ENDPOINTS]
     return endpoints + [Finding(name, "set" if os.environ.get(name) else "not set", "-") for name in SECRETS]
+
+
+def _gpus(wanted: int) -> Finding:
+    """Devices that are listed and compute: a driver that does not fit shows only in use."""
+    import torch
+
+    names, broken = [], []
+    for number in range(torch.cuda.device_count()):
+        try:
+            torch.ones(1, device=f"cuda:{number}").sum().item()
+            names.append(torch.cuda.get_device_name(number))
+        except RuntimeError as error:
+            broken.append(f"cuda:{number} does not compute ({str(error).splitlines()[0]})")
+    if len(names) >= wanted:
+        return Finding("gpus", f"{len(names)}: {', '.join(names)}", "ok")
+    found = "; ".join([f"{len(names)} of {wanted} wanted", *broken])
+    return Finding("gpus", f"{found}; ask for more GPUs, or mend the driver or the CUDA build of torch", "missing")
+
+
+def _written() -> list[Path]:
+    """The folders that a run writes to, or the nearest above them that exist."""
+    folders = [folder.absolute() for folder in (work_root(), cache_folder(), Path(tempfile.gettempdir()))]
+    return list(dict.fromkeys(next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK)) for folder in folders))
+
+
+def _disk(folder: Path, wanted: float) -> Finding:
+    free = shutil.disk_usage(folder).free / GIB
+    if not os.access(folder, os.W_OK):
+        return Finding(
+            "disk", f"{folder} is not writable; mount a volume there, or point DIFFSTILL_WORK, DIFFSTILL_CACHE or TMPDIR elsewhere", "missing"
+        )
+    if free < wanted:
+        return Finding("disk", f"{free:.1f} of {wanted:g} GiB free in {folder}; free space or mount a larger volume there", "missing")
+    return Finding("disk", f"{free:.1f} GiB free in {folder}", "ok")
+
+
+def _shared_memory(wanted: float) -> Finding:
+    size = shutil.disk_usage(SHARED_MEMORY).total / GIB if SHARED_MEMORY.is_dir() else 0.0
+    if size < wanted:
+        return Finding("shared memory", f"{size:.2f} of {wanted:g} GiB in {SHARED_MEMORY}; mount an emptyDir of medium Memory there", "missing")
+    return Finding("shared memory", f"{size:.2f} GiB in {SHARED_MEMORY}", "ok")
+
+
+def _variable(name: str) -> Finding:
+    if os.environ.get(name):
+        return Finding(name, "set", "ok")
+    return Finding(name, "not set or empty; give the run the secret or setting that holds it", "missing")
+
+
+def _probed(store: str) -> str:
+    probe(store)
+    return f"{store} takes, gives back and deletes objects"
+
+
+def _answer(what: str, ask: Callable[[], str]) -> Finding:
+    """Whether a service answers: its own words either way."""
+    try:
+        return Finding(what, ask(), "ok")
+    except DiffstillError as error:
+        return Finding(what, str(error), "missing")

@@ -18,6 +18,13 @@ def to_image(pixels: Array) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
+def read_png(path: Path) -> Array:
+    """The pixels of an image that `save_png` wrote, uint8 (channels, height, width)."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
 def contact_sheet(rows: Array, gap: int = 2) -> Image.Image:
     """A grid of uint8 images (rows, columns, channels, height, width), on white, small ones enlarged."""
     scale = max(1, round(SHOWN_SIDE / rows.shape[-1]))

@@ -16,10 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffstill.artifacts import MANIFEST, open_artifact, read_manifest, refuse_foreign
-from diffstill.config import Params
+from diffstill.artifacts import MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
+from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress
+from diffstill.references import DvcReference, fetch, parse, pin
 from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
@@ -35,16 +36,20 @@ class Stage:
     inputs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     many: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    """A folder that is no artifact of ours: where given, it stands for the `location` of the configuration."""
     options: tuple[str, ...] = ()
     on_device: bool = True
+    sharded: bool = False
+    """Whether the work can be cut: `shard` makes a share of it, `parts` gathers all shares."""
 
 
 STAGES: Mapping[str, Stage] = {
-    "prepare": Stage("images", on_device=False),
-    "pretrain": Stage("generator", inputs=("images",)),
-    "encode": Stage("latents", inputs=("images", "generator")),
+    "prepare": Stage("images", outside=("data",), on_device=False),
+    "pretrain": Stage("generator", inputs=("images",), outside=("weights",)),
+    "encode": Stage("latents", inputs=("images", "generator"), sharded=True),
     "finetune": Stage("denoiser", inputs=("latents", "generator")),
-    "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",)),
+    "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",), sharded=True),
     "evaluate": Stage("scores", inputs=("images",), optional=("distilled",), options=("student",)),
     "report": Stage("report", inputs=("images", "denoiser", "distilled", "untuned"), many=("scores",), on_device=False),
 }
@@ -120,21 +125,28 @@ class _Listener:
 
 
 def run_stage(
-    name: str, params: Params, paths: Mapping[str, Any], *, step: str | None = None, device: str = "cpu", **options: Any
+    name: str,
+    config: Section,
+    paths: Mapping[str, Any],
+    *,
+    params: Params | None = None,
+    step: str | None = None,
+    device: str = "cpu",
+    **options: Any,
 ) -> dict[str, float]:
-    """Run one stage with tracking and progress; `paths` by the names of its signature. Returns its metrics.
+    """Run one stage with tracking and progress; `paths` by the names of its signature, `params` those of its chain if known. Returns its metrics.
 
     Raises `DiffstillError` for bad input, before the stage starts where that can be known.
     """
     stage, step = STAGES[name], step or name
     _require(stage, paths)
     refuse_foreign(paths[stage.output], stage.output)
+    config, paths = _brought(stage, config, paths)
     function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
-    config = params.section(name)
     if stage.on_device:
         options["device"] = device
     log.info("%s ...", step)
-    with stage_run(step, params, config) as run:
+    with stage_run(step, config, params) as run:
         started = time.monotonic()
         metrics: dict[str, float] = function(config, **paths, record=_Listener(run), **options)
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -146,10 +158,36 @@ def run_stage(
     return metrics
 
 
+def _brought(stage: Stage, config: Section, paths: Mapping[str, Any]) -> tuple[Section, Mapping[str, Any]]:
+    """Bring what `location` names outside this machine: the configuration with it pinned, and the paths with the folder where it lies now."""
+    location = getattr(config, "location", None)
+    if not location or not stage.outside or paths.get(stage.outside[0]) or not (reference := parse(location)):
+        return config, paths
+    found = pin(reference) if isinstance(reference, DvcReference) else reference
+    fetched = fetch(found, cache_folder(), _Listener(None))
+    return config.model_copy(update={"location": str(found)}), {**paths, stage.outside[0]: fetched.folder}
+
+
+def resolve_device(device: str) -> str:
+    """The torch device of that name, checked; `auto` is cuda where there is one."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError as error:
+        raise DiffstillError(f"--device {device!r} is not a device; use cpu, cuda, cuda:<n> or auto") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and index >= torch.cuda.device_count()):
+        raise DiffstillError(f"--device {device!r} is not here ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
+    return device
+
+
 def _require(stage: Stage, paths: Mapping[str, Any]) -> None:
     """Raise `DiffstillError` if an input that is given or needed is not there."""
     one = [paths[name] for name in (*stage.inputs, *stage.optional) if name in stage.inputs or paths.get(name)]
-    for folder in [*one, *(folder for name in stage.many for folder in paths[name])]:
+    several = [*stage.many, *(["parts"] if paths.get("parts") else [])]
+    for folder in [*one, *(folder for name in several for folder in paths[name])]:
         if not (folder / MANIFEST).is_file():
             raise DiffstillError(f"{folder}: no artifact here; run the stage that makes it first (`diffstill run` or `dvc repro` runs them all)")
 
@@ -158,8 +196,8 @@ def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, floa
     """Costs go to a side log, never into artifacts. The many numbers of a report stand in its table, not here."""
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
     log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
-    path = Path(".diffstill") / "costs.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    path = work_root() / "costs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"step": step, **costs, **metrics}) + "\n")
 
@@ -177,7 +215,7 @@ def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
         output = STAGES[step.stage].output
         paths = {name: [root / one for one in where] if isinstance(where, tuple) else root / where for name, where in step.paths.items()}
         options = {"student": step.student} if step.student else {}
-        run_stage(step.stage, params, paths, step=step.name, device=device, **options)
+        run_stage(step.stage, params.section(step.stage), paths, params=params, step=step.name, device=device, **options)
         log.debug("%s wrote %s", step.name, paths[output])
 
 
@@ -188,7 +226,7 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
         return False
     manifest = open_artifact(output, stage.output).manifest
     config = params.section(step.stage)
-    if getattr(config, "location", None) or manifest.config != json.loads(config.canonical()):
+    if getattr(config, "location", None) or manifest.config != config.plain():
         return False  # what lies outside may have changed; the stage gives the same bytes if it has not
     named = {name: where for name, where in step.paths.items() if name != stage.output}
     return manifest.inputs == _input_digests(named, root)

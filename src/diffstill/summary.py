@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,18 +22,30 @@ def print_summary(artifacts: Path) -> None:
 
     Raises `DiffstillError` where there is no whole report.
     """
-    report = open_artifact(artifacts / "report", "report")
-    with (report.folder / "accuracy.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    report = artifacts / "report"
+    table = _table(_rows(report))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(rows))
-    console.print(f"report     {report.folder.absolute() / 'report.html'}")
+    console.print(table)
+    console.print(f"report     {report.absolute() / 'report.html'}")
     for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
         console.print(f"distilled  {artifacts.absolute() / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
     if tracking_uri().startswith("sqlite:"):
         console.print(f"MLflow     mlflow ui --backend-store-uri {tracking_uri()}")
     elif tracking_uri() != OFF:
         console.print(f"MLflow     {without_secrets(tracking_uri())}")
+
+
+def markdown(report: Path) -> str:
+    """The same table in Markdown. Raises `DiffstillError` where there is no whole report."""
+    table, text = _table(_rows(report)), io.StringIO()
+    title, table.title, table.box = table.title, None, box.MARKDOWN
+    Console(file=text, highlight=False, markup=False, width=10_000).print(table)
+    return f"{title}\n\n{text.getvalue().strip()}\n"
+
+
+def _rows(report: Path) -> list[dict[str, str]]:
+    with (open_artifact(report, "report").folder / "accuracy.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _table(rows: list[dict[str, str]]) -> Table:

@@ -38,12 +38,12 @@ def without_secrets(text: str) -> str:
 
 
 def git_sha() -> str:
-    """The commit of the current folder, with `-dirty` if files differ from it, or `none` outside git."""
+    """The commit of the current folder, with `-dirty` if files differ from it; outside git that of the image, or `none`."""
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "none"
+        return os.environ.get("DIFFSTILL_REVISION") or "none"
     return f"{sha}-dirty" if changed.strip() else sha
 
 
@@ -75,7 +75,7 @@ class StageRun:
 
 
 @contextmanager
-def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun | None]:
+def stage_run(step: str, config: Section, params: Params | None) -> Iterator[StageRun | None]:
     """A nested run for one step of the chain, finished or failed with the block; None where tracking is off."""
     if tracking_uri() == OFF:
         yield None
@@ -83,7 +83,7 @@ def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun |
     injected = os.environ.get("MLFLOW_RUN_ID")
     with _answering():
         client = _client()
-        parent = injected or _parent(client, params)
+        parent = injected or _parent(client, params, step)
         run_id = _start(client, step, parent, config)
     try:
         yield StageRun(client, run_id, parent)
@@ -97,6 +97,14 @@ def stage_run(step: str, params: Params, config: Section) -> Iterator[StageRun |
         client.set_terminated(run_id, "FINISHED")
         if step == "report" and not injected:
             client.set_terminated(parent, "FINISHED")
+
+
+def open_chain(params: Params) -> None:
+    """Make the run of a chain before its first stage does, with all parameters; nothing where tracking is off or the run is injected."""
+    if tracking_uri() == OFF or os.environ.get("MLFLOW_RUN_ID"):
+        return
+    with _answering():
+        _parent(_client(), params, "")
 
 
 def _client() -> MlflowClient:
@@ -133,19 +141,30 @@ def _experiment(client: MlflowClient) -> str:
     return str(client.create_experiment(name, artifact_location=location))
 
 
-def _parent(client: MlflowClient, params: Params) -> str:
-    """The run of this chain: the one with the digest of parameters and commit, or a new one."""
-    sha = git_sha()
-    chain = hashlib.sha256(f"{params.canonical()} {sha}".encode()).hexdigest()[:32]
+def chain_name(params: Params | None, step: str = "") -> str:
+    """A chain is the same chain while its parameters and the commit are; a stage without a chain is one of its own."""
+    return hashlib.sha256(f"{params.canonical() if params else step} {git_sha()}".encode()).hexdigest()[:32]
+
+
+def _parent(client: MlflowClient, params: Params | None, step: str) -> str:
+    """The run of this chain, found by its tag, or a new one.
+
+    A chain is named by `DIFFSTILL_CHAIN` (on a cluster: the id of the pipeline's run), else by its parameters and commit.
+    """
+    chain = os.environ.get("DIFFSTILL_CHAIN") or chain_name(params, step)
     experiment = _experiment(client)
     found = client.search_runs([experiment], filter_string=f"tags.`{CHAIN_TAG}` = '{chain}'", max_results=1)
     if found:
         client.update_run(found[0].info.run_id, status="RUNNING")
         return str(found[0].info.run_id)
-    tags = {CHAIN_TAG: chain, "diffstill.git_sha": sha, "diffstill.dataset": params.prepare.source}
-    name = f"{params.prepare.source} ipc{params.sample.images_per_class} {params.finetune.policy} {chain[:6]}"
+    tags = {CHAIN_TAG: chain, "diffstill.git_sha": git_sha()}
+    name = f"{step} {chain[:6]}"
+    if params:
+        tags["diffstill.dataset"] = params.prepare.source
+        name = f"{params.prepare.source} ipc{params.sample.images_per_class} {params.finetune.policy} {chain[:6]}"
     run = client.create_run(experiment, run_name=name, tags=tags)
-    client.log_dict(run.info.run_id, params.model_dump(mode="json"), "params.json")
+    if params:
+        client.log_dict(run.info.run_id, params.plain(), "params.json")
     return str(run.info.run_id)
 
 
@@ -154,7 +173,7 @@ def _start(client: MlflowClient, step: str, parent: str, config: Section) -> str
 
     experiment = client.get_run(parent).info.experiment_id
     run = client.create_run(experiment, run_name=step, tags={"mlflow.parentRunId": parent, "diffstill.stage": step})
-    params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
+    params = [Param(name, str(value)) for name, value in _flat(config.plain()).items()]
     client.log_batch(run.info.run_id, params=params)
     return str(run.info.run_id)
 
@@ -164,3 +183,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def check_tracking() -> str:
+    """The tracking server, once it has answered and taken a tag of the experiment that runs go to. Raises `DiffstillError` otherwise."""
+    if tracking_uri() == OFF or not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise DiffstillError("MLFLOW_TRACKING_URI names no tracking server; set it to one, or go without by not asking for MLflow")
+    with _answering():
+        client = _client()
+        client.set_experiment_tag(_experiment(client), "diffstill.preflight", "ok")
+    return without_secrets(tracking_uri())

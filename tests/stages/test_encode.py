@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Chain
+from chains import Chain
 from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact, read_shards, to_unit, write_shards
 from diffstill.config import EncodeConfig
 from diffstill.networks import load_generator

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Chain, contents
+from chains import Chain, contents
 from diffstill.artifacts import open_artifact
 from diffstill.config import FinetuneConfig, Params
 from diffstill.errors import DiffstillError

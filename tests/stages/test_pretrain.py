@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_finetune import KillAfter, _Killed
 
-from conftest import Chain, contents
+from chains import Chain, contents
 from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig

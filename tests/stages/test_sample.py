@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Chain, contents
+from chains import Chain, contents
 from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import open_artifact
 from diffstill.config import Params, SampleConfig

@@ -13,14 +13,15 @@ from diffstill.datasets import Dataset, load
 from diffstill.record import Record, ignore
 
 
-def prepare(config: PrepareConfig, *, images: Path, record: Record = ignore) -> dict[str, float]:
+def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, record: Record = ignore) -> dict[str, float]:
     """Write the `images` artifact: shards of train, val and test, the class map and the list of rejected files.
 
-    Returns the number of images per split and of rejected files. Raises `DiffstillError` on data that break a rule;
+    The data lie in `data` where that is given, else where `config.location` says. Returns the number of images per
+    split and of rejected files. Raises `DiffstillError` on data that break a rule;
     an earlier artifact at `images` is left as it was then.
     """
     with new_artifact(images, "images", config, {}) as draft:
-        dataset = load(config, record)
+        dataset = load(config.model_copy(update={"location": str(data)}) if data else config, record)
         for name, split in dataset.splits.items():
             write_shards(draft.folder, name, {"pixels": split.pixels, "labels": split.labels}, config.shard_size)
         _write_json(draft.folder / "classes.json", [{"name": name, "label": label} for label, name in enumerate(dataset.classes)])

@@ -26,8 +26,10 @@ Loss = Callable[[int], Tensor]
 """The loss of a step, by its number."""
 
 
-def pretrain(config: PretrainConfig, *, images: Path, generator: Path, device: str = "cpu", record: Record = ignore) -> dict[str, float]:
-    """Train a small autoencoder and a small DiT on the training split, or take over a DiTPipeline folder.
+def pretrain(
+    config: PretrainConfig, *, images: Path, generator: Path, weights: Path | None = None, device: str = "cpu", record: Record = ignore
+) -> dict[str, float]:
+    """Train a small autoencoder and a small DiT on the training split, or take over a DiTPipeline folder: `weights`, or `config.location`.
 
     Writes the `generator` artifact at `generator`. Returns the reconstruction error on val (mean squared, images in
     -1..1) and the parameter counts. A killed run goes on from its last checkpoint.
@@ -36,7 +38,9 @@ def pretrain(config: PretrainConfig, *, images: Path, generator: Path, device: s
     real = open_artifact(images, "images")
     refuse_foreign(generator)
     if config.source == "folder":
-        return _take_over(config, real, generator, device, record)
+        return _take_over(config, real, weights or Path(config.location or ""), generator, device, record)
+    if weights:
+        raise DiffstillError(f"{weights}: weights are given, but `pretrain.source` is scratch; set it to folder, or give no weights")
     with WorkFolder("pretrain", config, {"images": real}) as work:
         metrics = _make(config, real, generator, work, device, record)
         work.clear()
@@ -64,8 +68,7 @@ def _facts(made: Generator, real: Artifact) -> dict[str, object]:
     }
 
 
-def _take_over(config: PretrainConfig, real: Artifact, generator: Path, device: str, record: Record) -> dict[str, float]:
-    source = Path(config.location or "")
+def _take_over(config: PretrainConfig, real: Artifact, source: Path, generator: Path, device: str, record: Record) -> dict[str, float]:
     made = load_generator(source)
     _check_fit(made, real, source)
     made.to(device)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from diffstill.config import SampleConfig
 from diffstill.diffusion import sample_latents
 from diffstill.errors import DiffstillError
 from diffstill.networks import Generator, apply_delta, build_scheduler, load_generator
-from diffstill.pictures import contact_sheet, save_png, to_image
-from diffstill.record import Progress, Record, ignore
+from diffstill.pictures import contact_sheet, read_png, save_png, to_image
+from diffstill.record import Record, ignore
+from diffstill.shards import Share
 from diffstill.training import seeded, set_threads
 
 SHEET_COLUMNS = 20
@@ -39,30 +43,41 @@ class _Slot:
 
 
 def sample(
-    config: SampleConfig, *, generator: Path, distilled: Path, denoiser: Path | None = None, device: str = "cpu", record: Record = ignore
+    config: SampleConfig,
+    *,
+    generator: Path,
+    distilled: Path,
+    denoiser: Path | None = None,
+    parts: Sequence[Path] = (),
+    shard: str | None = None,
+    device: str = "cpu",
+    record: Record = ignore,
 ) -> dict[str, float]:
     """Draw a distilled set per seed: from the fine-tuned generator, or from the untuned one where no denoiser is given.
 
     Writes the `distilled` artifact: per seed `seed-<s>/<class>/<number>.png`, `seed-<s>/metadata.csv` and a contact
-    sheet `seed-<s>.png`. Image k of class c is a pure function of (generator and denoiser, seed, c, k). Returns counts.
+    sheet `seed-<s>.png`. Image k of class c is a pure function of (generator and denoiser, seed, c, k). With `shard`
+    ("0/3") only that share of the images; with `parts`, the artifacts of all shards, it gathers these instead of
+    drawing. Returns the number of images drawn here.
     """
     set_threads(config.threads)
     made = open_artifact(generator, "generator")
     tuned = open_artifact(denoiser, "denoiser") if denoiser else None
     if tuned and tuned.manifest.inputs["generator"] != made.digest:
         raise DiffstillError(f"{denoiser}: was fine-tuned from another generator than {generator}; run `finetune` again")
-    refuse_foreign(distilled)
-    classes = _chosen(config.classes, made.facts["classes"])
+    refuse_foreign(distilled, "distilled")
+    classes, mine, drawn = _chosen(config.classes, made.facts["classes"]), Share.of(shard, parts), 0
     inputs = {"generator": made} | ({"denoiser": tuned} if tuned else {})
     with new_artifact(distilled, "distilled", config, inputs) as draft:
-        with record.progress("sample", len(config.seeds) * len(classes) * config.images_per_class, "img") as bar:
-            for opened, seeds in _opened(config, made, tuned, device):
-                for seed, images in _draw_all(config, opened, _slots(config, list(classes), seeds), bar).items():
-                    _write_set(draft.folder, seed, images, classes)
-        for seed in config.seeds:
+        if parts:
+            draft.facts |= mine.gather(draft.folder, "distilled", config, inputs)
+        else:
+            drawn = _draw_share(config, mine, _sources(config, made, tuned, device), classes, draft.folder, record)
+            draft.facts |= _facts(config, made, tuned, classes) | mine.facts()
+        for seed in config.seeds if mine.whole else ():
+            _finish_set(draft.folder, seed, list(classes.values()), config.images_per_class)
             record.file(draft.folder / f"seed-{seed}.png")
-        draft.facts |= _facts(config, made, tuned, classes)
-    return {"images": float(len(config.seeds) * len(classes) * config.images_per_class)}
+    return {"images": float(drawn)}
 
 
 def _chosen(wanted: tuple[str, ...] | None, known: list[str]) -> dict[int, str]:
@@ -88,43 +103,53 @@ def _facts(config: SampleConfig, made: Artifact, tuned: Artifact | None, classes
     }
 
 
-def _opened(config: SampleConfig, made: Artifact, tuned: Artifact | None, device: str) -> Iterator[tuple[Generator, tuple[int, ...]]]:
-    """The generators to sample from, each with its generation seeds."""
+@dataclass(frozen=True)
+class _Source:
+    """A generator, loaded when it is asked for, and the generation seeds that are drawn from it."""
 
-    def load(delta_seed: int | None) -> Generator:
+    load: Callable[[], Generator]
+    seeds: tuple[int, ...]
+
+
+def _sources(config: SampleConfig, made: Artifact, tuned: Artifact | None, device: str) -> list[_Source]:
+    """One source per fine-tune."""
+
+    def load(tune: int | None) -> Generator:
         opened = load_generator(made.folder, made.facts["frequency_shift"])
         if config.steps > (timesteps := len(opened.alphas_cumprod())):
             raise DiffstillError(f"`sample.steps` {config.steps} exceeds the generator's {timesteps} timesteps; lower it")
-        if tuned and delta_seed is not None:
-            apply_delta(opened.transformer, load_file(tuned.folder / f"seed-{delta_seed}" / "delta.safetensors"))
+        if tuned and tune is not None:
+            apply_delta(opened.transformer, load_file(tuned.folder / f"seed-{tune}" / "delta.safetensors"))
         return opened.to(device)
 
     tunes = tuned.facts["seeds"] if tuned else [None]
-    if len(tunes) not in (1, len(config.seeds)):
+    if len(tunes) == 1:
+        return [_Source(partial(load, tunes[0]), config.seeds)]
+    if len(tunes) != len(config.seeds):
         raise DiffstillError(
             f"`sample.seeds` has {len(config.seeds)} entries, but the denoiser {len(tunes)} fine-tunes; give as many seeds, or fine-tune once"
         )
-    if len(tunes) == 1:
-        yield load(tunes[0]), config.seeds
-    else:
-        for tune, seed in zip(tunes, config.seeds, strict=True):
-            yield load(tune), (seed,)
+    return [_Source(partial(load, tune), (seed,)) for tune, seed in zip(tunes, config.seeds, strict=True)]
 
 
-def _slots(config: SampleConfig, classes: list[int], seeds: tuple[int, ...]) -> list[_Slot]:
-    return [_Slot(seed, number, label) for seed in seeds for number in range(config.images_per_class) for label in classes]
+def _draw_share(config: SampleConfig, mine: Share, sources: list[_Source], classes: dict[int, str], folder: Path, record: Record) -> int:
+    """Write this process's PNGs, drawn in chunks of one fixed size; the number of images."""
+    pieces = mine.of_pieces([(source, chunk) for source in sources for chunk in _chunks(config, list(classes), source.seeds)])
+    count = sum(len(chunk) for _, chunk in pieces)
+    with record.progress("sample", count, "img") as bar:
+        for source, own in itertools.groupby(pieces, key=itemgetter(0)):
+            opened = source.load()
+            for _, chunk in own:
+                filled = chunk + [chunk[0]] * (config.chunk_size - len(chunk))
+                for slot, pixels in zip(chunk, _draw(config, opened, filled)[: len(chunk)], strict=True):
+                    save_png(to_image(pixels), folder / f"seed-{slot.seed}" / classes[slot.label] / f"{slot.number:05d}.png")
+                bar.update(len(chunk))
+    return count
 
 
-def _draw_all(config: SampleConfig, opened: Generator, slots: list[_Slot], bar: Progress) -> dict[int, list[tuple[_Slot, Array]]]:
-    """The images of all slots by generation seed, drawn in batches of one fixed size, the last one filled up."""
-    drawn: dict[int, list[tuple[_Slot, Array]]] = {}
-    for start in range(0, len(slots), config.chunk_size):
-        chunk = slots[start : start + config.chunk_size]
-        filled = chunk + [chunk[0]] * (config.chunk_size - len(chunk))
-        for slot, pixels in zip(chunk, _draw(config, opened, filled)[: len(chunk)], strict=True):
-            drawn.setdefault(slot.seed, []).append((slot, pixels))
-        bar.update(len(chunk))
-    return drawn
+def _chunks(config: SampleConfig, labels: list[int], seeds: tuple[int, ...]) -> list[list[_Slot]]:
+    slots = [_Slot(seed, number, label) for seed in seeds for number in range(config.images_per_class) for label in labels]
+    return [slots[start : start + config.chunk_size] for start in range(0, len(slots), config.chunk_size)]
 
 
 @torch.inference_mode()
@@ -144,18 +169,13 @@ def _draw(config: SampleConfig, opened: Generator, slots: list[_Slot]) -> Array:
     return to_pixels(opened.decode(latents).float().cpu().numpy())
 
 
-def _write_set(folder: Path, seed: int, images: list[tuple[_Slot, Array]], names: dict[int, str]) -> None:
-    """One distilled set: PNGs by class, `metadata.csv`, and a contact sheet with a row per class."""
-    ordered = sorted(images, key=lambda image: (list(names).index(image[0].label), image[0].number))
+def _finish_set(folder: Path, seed: int, names: list[str], images_per_class: int) -> None:
+    """What belongs to a whole set: `metadata.csv`, and a contact sheet with a row per class."""
     root = folder / f"seed-{seed}"
-    rows = []
-    for slot, pixels in ordered:
-        name = f"{names[slot.label]}/{slot.number:05d}.png"
-        save_png(to_image(pixels), root / name)
-        rows.append({"file_name": name, "label": names[slot.label], "seed": seed})
+    files = [[f"{name}/{number:05d}.png" for number in range(images_per_class)] for name in names]
     with (root / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("file_name", "label", "seed"), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    grid = np.stack([pixels for _, pixels in ordered]).reshape(len(names), -1, *ordered[0][1].shape)
-    save_png(contact_sheet(grid[:, :SHEET_COLUMNS]), folder / f"seed-{seed}.png")
+        writer.writerows({"file_name": path, "label": name, "seed": seed} for name, own in zip(names, files, strict=True) for path in own)
+    rows = [np.stack([read_png(root / path) for path in own[:SHEET_COLUMNS]]) for own in files]
+    save_png(contact_sheet(np.stack(rows)), folder / f"seed-{seed}.png")

@@ -1,0 +1,170 @@
+"""The whole chain as one pipeline, from the preflight to the report, and the arguments of a run.
+
+Loops are one level deep and short, no loop stands in an exit handler, and no importer in a loop: backends fail on these.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kfp import dsl
+from kfp.dsl.base_component import BaseComponent
+from kubernetes.utils.quantity import parse_quantity
+
+from components.encode.component import encode as encode_images
+from components.evaluate.component import evaluate as train_students
+from components.finetune.component import finetune as finetune_generator
+from components.images import Images
+from components.preflight.component import preflight as check_needs
+from components.prepare.component import prepare as prepare_images
+from components.pretrain.component import pretrain as make_generator
+from components.report.component import report as gather_scores
+from components.sample.component import sample as draw_images
+from diffstill.config import Params
+from diffstill.errors import DiffstillError
+from pipelines.placement import Placement
+from pipelines.settings import MAX_ITERATIONS, InfraConfig, Settings, ShardsConfig
+
+NAME = "diffstill-distill"
+DESCRIPTION = "Distil a labelled image set into a tiny synthetic one by diffusion with a self-adaptive memory, and judge it by students."
+
+
+class Made(NamedTuple):
+    """What the pipeline gives: every artifact of the chain."""
+
+    images: dsl.Dataset
+    generator: dsl.Model
+    latents: dsl.Dataset
+    denoiser: dsl.Model
+    distilled: dsl.Dataset
+    untuned: dsl.Dataset
+    distilled_scores: list[dsl.Dataset]
+    untuned_scores: list[dsl.Dataset]
+    real_scores: list[dsl.Dataset]
+    report: dsl.Artifact
+
+
+def build(infra: InfraConfig, images: Images) -> BaseComponent:
+    """The pipeline, each task placed as `infra` says, in `images`."""
+    place = Placement(infra, images)
+
+    @dsl.pipeline(name=NAME, display_name="diffstill: distil and judge", description=DESCRIPTION)
+    def distill(
+        prepare: str,
+        pretrain: str,
+        encode: str,
+        finetune: str,
+        sample: str,
+        evaluate: str,
+        report: str,
+        students: list[str],
+        encode_shards: list[str],
+        sample_shards: list[str],
+        params: str,
+        needs: str,
+        weights_uri: str = "",
+    ) -> Made:
+        """Distil and judge.
+
+        Args:
+            prepare: Section `prepare` of params.yaml as JSON.
+            pretrain: Section `pretrain` of params.yaml as JSON.
+            encode: Section `encode` of params.yaml as JSON.
+            finetune: Section `finetune` of params.yaml as JSON.
+            sample: Section `sample` of params.yaml as JSON.
+            evaluate: Section `evaluate` of params.yaml as JSON.
+            report: Section `report` of params.yaml as JSON.
+            students: The students of section `evaluate`, one iteration each.
+            encode_shards: The shards that encoding is cut into, like 0/2 and 1/2.
+            sample_shards: The shards that sampling is cut into.
+            params: The whole of params.yaml as JSON, for the record.
+            needs: What the preflight checks, as JSON.
+            weights_uri: A diffusers DiTPipeline folder to start from; empty = train from scratch.
+
+        """
+        checked = place(check_needs(needs=needs, params=params), "preflight").set_caching_options(False)
+        images = place(prepare_images(config=prepare).after(checked), "prepare").outputs["images"]
+
+        with dsl.ParallelFor(students) as student:  # before the long stages, so that a baseline that cannot be drawn is known early
+            real = place(
+                train_students(config=evaluate, images=images, student=student, step=f"evaluate-real@{student}"), "evaluate", "evaluate-real"
+            )
+
+        with dsl.If(weights_uri == "", name="train"):
+            trained = place(make_generator(config=pretrain, images=images), "pretrain")
+        with dsl.Else(name="import"):
+            weights = dsl.importer(artifact_uri=weights_uri, artifact_class=dsl.Model, reimport=False)
+            imported = place(make_generator(config=pretrain, images=images, weights=weights.output), "pretrain", "pretrain: import")
+        generator = dsl.OneOf(trained.outputs["generator"], imported.outputs["generator"])
+
+        encoding = {"config": encode, "images": images, "generator": generator}
+        with dsl.ParallelFor(encode_shards) as shard:
+            part = place(encode_images(**encoding, shard=shard), "encode", "encode: shard").outputs["latents"]
+        latents = place(encode_images(**encoding, parts=dsl.Collected(part)), "gather", "encode").outputs["latents"]
+
+        denoiser = place(finetune_generator(config=finetune, latents=latents, generator=generator), "finetune").outputs["denoiser"]
+
+        tuning = {"config": sample, "generator": generator, "denoiser": denoiser}
+        plain = {"config": sample, "generator": generator, "step": "sample-untuned"}
+        with dsl.ParallelFor(sample_shards) as shard:
+            tuned_part = place(draw_images(**tuning, shard=shard), "sample", "sample: shard").outputs["distilled"]
+            plain_part = place(draw_images(**plain, shard=shard), "sample", "sample-untuned: shard").outputs["distilled"]
+        distilled = place(draw_images(**tuning, parts=dsl.Collected(tuned_part)), "gather", "sample").outputs["distilled"]
+        untuned = place(draw_images(**plain, parts=dsl.Collected(plain_part)), "gather", "sample-untuned").outputs["distilled"]
+
+        judging = {"config": evaluate, "images": images}
+        with dsl.ParallelFor(students) as student:
+            cells = {
+                f"{source}_scores": place(
+                    train_students(**judging, distilled=made, student=student, step=f"evaluate@{source}-{student}"), "evaluate", f"evaluate: {source}"
+                )
+                for source, made in (("distilled", distilled), ("untuned", untuned))
+            }
+        cells["real_scores"] = real
+
+        def scores() -> dict[str, dsl.Collected]:
+            """Anew for each use, because the compiler changes what it is given."""
+            return {name: dsl.Collected(cell.outputs["scores"]) for name, cell in cells.items()}
+
+        told = place(gather_scores(config=report, images=images, denoiser=denoiser, distilled=distilled, untuned=untuned, **scores()), "report")
+        single = {"images": images, "generator": generator, "latents": latents, "denoiser": denoiser, "distilled": distilled, "untuned": untuned}
+        return Made(**single, **scores(), report=told.outputs["report"])
+
+    return distill
+
+
+def arguments(params: Params, settings: Settings | None, shards: ShardsConfig) -> Mapping[str, str | list[str]]:
+    """The arguments of a run: one JSON text per section, because Kubeflow turns integers in mappings into floats.
+
+    Raises `DiffstillError` on what a pipeline cannot do. Without `settings` the preflight needs nothing.
+    """
+    if params.sample.classes is not None:
+        raise DiffstillError(
+            "`sample.classes` is for `diffstill sample` alone, a pipeline judges all classes; set it to null, or use `prepare.classes`"
+        )
+    students = list(params.evaluate.students)
+    if len(students) > MAX_ITERATIONS:
+        raise DiffstillError(f"`evaluate.students` lists {len(students)} networks, a loop of the pipeline takes {MAX_ITERATIONS}; split the run")
+    return {
+        **{name: params.section(name).canonical() for name in Params.STAGES},
+        "students": students,
+        "encode_shards": [f"{index}/{shards.encode}" for index in range(shards.encode)],
+        "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
+        "params": params.canonical(),
+        "needs": json.dumps(_needs(settings.infra) if settings else {}, sort_keys=True),
+        "weights_uri": (params.pretrain.location or "") if params.pretrain.source == "folder" else "",
+    }
+
+
+def _needs(infra: InfraConfig) -> dict[str, object]:
+    """What the preflight must find: everything that the pods of this run are promised."""
+    variables = [variable for source in (infra.secrets, infra.config_maps) for keys in source.values() for variable in keys.values()]
+    memory = [infra.resources[task].shared_memory for task in infra.on_gpu]
+    return {
+        "gpus": max(resources.gpus for resources in infra.resources.values()),
+        "disk_gib": infra.disk_gib,
+        "shared_memory_gib": max((float(parse_quantity(size) / 2**30) for size in memory if size), default=0.0),
+        "environment": sorted(variables),
+        "store": infra.store,
+        "mlflow": "MLFLOW_TRACKING_URI" in variables,
+    }

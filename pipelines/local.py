@@ -1,0 +1,170 @@
+"""The same pipeline on this machine, without a cluster: in processes of this Python, or in containers of a Docker engine."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+from kfp.local import docker_task_handler
+from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
+
+import diffstill
+import docker
+from components.images import TAGGED, Images
+from diffstill.artifacts import file_digest, refuse_foreign
+from diffstill.config import Params
+from diffstill.errors import DiffstillError
+from diffstill.run import STAGES, score_names
+from diffstill.tracking import chain_name
+from pipelines.distill import arguments, build
+from pipelines.settings import InfraConfig, Settings, ShardsConfig
+
+
+@dataclass(frozen=True)
+class Executor:
+    """What runs the tasks, and the name of the code that it runs: another name for other code, or the cache would give the results of old code."""
+
+    runner: Any
+    image: str
+
+
+def processes() -> Executor:
+    """Tasks as processes of this very Python."""
+    sources = sorted(Path(diffstill.__file__).parent.rglob("*.py"))
+    code = hashlib.sha256("".join(map(file_digest, sources)).encode()).hexdigest()
+    return Executor(local.SubprocessRunner(use_venv=False), f"diffstill:{code}")
+
+
+def containers(image: str | None = None, user: str | None = None) -> Executor:
+    """Tasks as containers of the Docker engine that `DOCKER_HOST` names, as strict as a cluster can be: no network, no rights, a read-only root file system."""
+    scratch = {"/tmp": ""}  # noqa: S108  (inside the container)
+    limits = {"network_mode": "none", "read_only": True, "tmpfs": scratch, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
+    name = image or TAGGED.cpu
+    try:
+        found = docker.from_env().images.get(name).id
+    except docker.errors.ImageNotFound as error:
+        raise DiffstillError(f"image {name!r} is not here; build it with `make images`, or name another with --image") from error
+    except docker.errors.DockerException as error:
+        raise DiffstillError(f"no Docker engine answers ({error}); start one, or set DOCKER_HOST to its address") from error
+    return Executor(local.DockerRunner(**limits, **({"user": user} if user else {})), found)
+
+
+def run_local(
+    params: Params,
+    settings: Settings,
+    folder: Path,
+    *,
+    executor: Executor,
+    shards: ShardsConfig,
+    cache: bool = True,
+    retries: int = 0,
+) -> Path:
+    """Run the pipeline and lay its artifacts out as the chain does; the folder of the artifacts, `folder`/artifacts.
+
+    `folder`/runs keeps the outputs of every task, `folder`/cache what makes a second run skip them. Raises
+    `DiffstillError` if a task fails; what an earlier run laid out stays then.
+    """
+    folder = folder.absolute()
+    for name in _places(params):
+        refuse_foreign(folder / "artifacts" / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    local.init(
+        executor.runner,
+        pipeline_root=str(folder / "runs"),
+        raise_on_error=True,
+        enable_caching=cache,
+        cache_root=str(folder / "cache") if cache else None,
+    )
+    _mend_kfp()
+    given = arguments(params, None, shards)
+    with _environment(DIFFSTILL_CHAIN=chain_name(params)):
+        try:
+            made = build(_retrying(settings.infra, retries), Images(executor.image, executor.image))(**given)
+        except RuntimeError as error:
+            raise DiffstillError(f"the pipeline failed: {error}; what the task said stands above") from error
+    return _lay_out(made.outputs, params, folder / "artifacts")
+
+
+def _retrying(infra: InfraConfig, retries: int) -> InfraConfig:
+    """Every task tried again that often, after a second: a person is waiting."""
+    resources = {name: each.model_copy(update={"retries": retries, "retry_seconds": 1}) for name, each in infra.resources.items()}
+    return infra.model_copy(update={"resources": resources})
+
+
+def _places(params: Params) -> dict[str, tuple[str, int | None]]:
+    """Where the chain keeps an artifact -> the pipeline's output, and the number in it if that is a list."""
+    students = params.evaluate.students
+    single = {name: (name, None) for name in (*STAGES["report"].inputs, "generator", "latents", "report")}
+    listed = [(f"{source}_scores", number) for source in ("distilled", "untuned", "real") for number in range(len(students))]
+    return {**single, **dict(zip(score_names(students), listed, strict=True))}
+
+
+def _lay_out(outputs: Mapping[str, Any], params: Params, target: Path) -> Path:
+    """Copy every artifact to its place, verified, whole or not at all."""
+    for place, (name, number) in _places(params).items():
+        made = outputs[name] if number is None else outputs[name][number]
+        _copy(Path(made.path), target / place)
+    return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        shutil.copytree(source, Path(aside) / "new")
+        if target.exists():
+            target.rename(Path(aside) / "old")
+        (Path(aside) / "new").rename(target)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """With these variables set for the tasks, and as before afterwards."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# What kfp's own local runners get wrong
+
+
+def _mend_kfp() -> None:
+    """Kfp 2.17.0 cannot choose among artifacts locally, and may take a failed container for a good one."""
+    OrchestratorUtils.get_dag_output_artifacts = staticmethod(_chosen_artifacts)
+    docker_task_handler.run_docker_container = _run_container
+
+
+def _chosen_artifacts(dag_outputs_spec: Any, io_store: Any) -> dict[str, Any]:
+    """The artifacts that a part of the pipeline gives; of several selectors (`dsl.OneOf`) the one whose branch ran."""
+    chosen = {}
+    for name, spec in dag_outputs_spec.artifacts.items():
+        found = []
+        for selector in spec.artifact_selectors:
+            try:
+                found.append(io_store.get_task_output(selector.producer_subtask, selector.output_artifact_key))
+            except (KeyError, ValueError):  # the branch did not run
+                continue
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} branches gave {name}, expected exactly one")
+        chosen[name] = found[0]
+    return chosen
+
+
+def _run_container(client: Any, image: str, command: list[str], volumes: Mapping[str, Any], **options: Any) -> int:
+    """Run a container to its end and return its exit status; kept until that is read, unlike with `auto_remove`."""
+    container = client.containers.run(image=image, command=command, detach=True, stdout=True, stderr=True, volumes=dict(volumes), **options)
+    try:
+        for line in container.logs(stream=True):
+            print(line.decode(), end="")
+        return int(container.wait()["StatusCode"])
+    finally:
+        container.remove(force=True)

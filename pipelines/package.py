@@ -1,0 +1,31 @@
+"""The compiled pipeline: one file that is uploaded, or manifests that a cluster is given."""
+
+import os
+from pathlib import Path
+
+from kfp import compiler
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+
+from components.images import Images
+from pipelines.distill import NAME, build
+from pipelines.settings import Settings
+
+
+def write_package(settings: Settings, images: Images, path: Path, *, kubernetes: bool = False) -> None:
+    """Write the intermediate representation, or with `kubernetes` the manifests of a Pipeline and its version; whole or not at all.
+
+    Equal settings, images and code give equal bytes for one version of kfp.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.stem}.yaml")
+    options = KubernetesManifestOptions(pipeline_name=NAME, namespace=settings.cluster.namespace, include_pipeline_manifest=True)
+    try:
+        compiler.Compiler().compile(
+            build(settings.infra, images),
+            str(partial),
+            kubernetes_manifest_format=kubernetes,
+            kubernetes_manifest_options=options if kubernetes else None,
+        )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

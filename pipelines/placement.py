@@ -1,0 +1,83 @@
+"""Where a task runs and what it gets there: the settings put onto tasks of the pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+
+from components.images import Images
+from pipelines.settings import InfraConfig, Resources
+
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+RUN_LABEL = "metadata.labels['pipeline/runid']"
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  (inside the container)
+WORK = "/work"
+"""Where the persistent volume for checkpoints is mounted."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Puts tasks where `infra` says."""
+
+    infra: InfraConfig
+    images: Images
+
+    def __call__(self, task: PipelineTask, name: str, shown: str | None = None) -> PipelineTask:
+        """Give `task` the image, resources and secrets of the task `name`; the preflight stands where fine-tuning will.
+
+        `shown` is its name in the graph, where that is not `name`.
+        """
+        task.set_display_name(shown or name)
+        resources = self.infra.resources["finetune" if name == "preflight" else name]
+        task.set_container_image(self.images.gpu if resources.gpus else self.images.cpu)
+        _amounts(task, resources)
+        _node(task, resources)
+        if resources.gpus and self.infra.queue:
+            kubernetes.add_pod_label(task, QUEUE_LABEL, self.infra.queue)
+        self._identity(task)
+        self._environment(task)
+        if resources.timeout_minutes:
+            kubernetes.set_timeout(task, 60 * resources.timeout_minutes)
+        if resources.retries and name != "preflight":
+            task.set_retry(resources.retries, f"{resources.retry_seconds}s", 2.0, f"{resources.retry_max_seconds}s")
+        return task
+
+    def _identity(self, task: PipelineTask) -> None:
+        user = {"run_as_user": self.infra.run_as_user, "run_as_group": self.infra.run_as_user} if self.infra.run_as_user is not None else {}
+        kubernetes.set_security_context(task, **user, run_as_non_root=self.infra.run_as_non_root)
+        if self.infra.image_pull_secrets:
+            kubernetes.set_image_pull_secrets(task, list(self.infra.image_pull_secrets))
+
+    def _environment(self, task: PipelineTask) -> None:
+        """Secrets and addresses by name, the id of the run, and the volume for checkpoints."""
+        for secret, keys in self.infra.secrets.items():
+            kubernetes.use_secret_as_env(task, secret, _plain(keys))
+        for config_map, keys in self.infra.config_maps.items():
+            kubernetes.use_config_map_as_env(task, config_map, _plain(keys))
+        kubernetes.use_field_path_as_env(task, "DIFFSTILL_CHAIN", RUN_LABEL)
+        if self.infra.work_claim:
+            kubernetes.mount_pvc(task, self.infra.work_claim, WORK)
+            task.set_env_variable("DIFFSTILL_WORK", WORK)
+
+
+def _amounts(task: PipelineTask, resources: Resources) -> None:
+    if resources.gpus:
+        task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpus)
+    if resources.cpu:
+        task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+    if resources.memory:
+        task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+    if resources.shared_memory:
+        kubernetes.empty_dir_mount(task, "shared-memory", SHARED_MEMORY, medium="Memory", size_limit=resources.shared_memory)
+
+
+def _node(task: PipelineTask, resources: Resources) -> None:
+    for label, value in resources.node_selector.items():
+        kubernetes.add_node_selector(task, label, value)
+    for toleration in resources.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
+
+
+def _plain(keys: Mapping[str, str]) -> dict[str, str]:
+    return dict(keys)

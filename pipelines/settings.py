@@ -1,0 +1,124 @@
+"""What a run on a cluster needs beside the science: where the cluster is, what each task gets, which secrets by name.
+
+No secret value stands here: only names of Kubernetes secrets and of environment variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from diffstill.config import Params, Section, read_yaml
+
+MAX_ITERATIONS = 30
+"""Every iteration costs two pods, and loops much longer than this are known to bring the backend down."""
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+"""The name of a Kubernetes object."""
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+"""An amount as Kubernetes writes it, like 500m or 64Gi."""
+Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
+
+
+class ClusterConfig(Section):
+    """Where Kubeflow Pipelines is, and under which names it keeps what we send."""
+
+    host: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] | None = Field(
+        None, description="URL of Kubeflow Pipelines, without credentials; null = the environment variable KFP_HOST"
+    )
+    namespace: Name | None = Field(None, description="namespace of your profile, on a multi-user installation")
+    experiment: str = Field("diffstill", description="experiment that the runs are listed under")
+    pipeline: str = Field("diffstill-distill", description="name under which the pipeline is uploaded; its versions are named by content")
+    token_env: Variable | None = Field(None, description="name of the environment variable that holds a bearer token; null = no token")
+    ca_certificate: str | None = Field(None, description="file with the certificate authority of the host; null = the system's")
+    pipeline_root: Annotated[str, Field(pattern=r"^(s3|minio|gs)://[^@\s]+$")] | None = Field(
+        None, description="bucket and prefix for all outputs, like s3://bucket/runs; null = what the installation is set to"
+    )
+
+
+class Toleration(Section):
+    """A taint that pods of a task may stand."""
+
+    key: str | None = Field(None, description="key of the taint; null = all")
+    operator: Literal["Equal", "Exists"] = Field("Exists", description="Exists, or Equal to `value`")
+    value: str | None = Field(None, description="value of the taint, with operator Equal")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="effect of the taint; null = all")
+
+
+class Resources(Section):
+    """What the pod of one task gets."""
+
+    gpus: Annotated[int, Field(ge=0, le=16)] = Field(0, description="number of GPUs; with any, the task runs in the gpu image")
+    gpu_type: str = Field("nvidia.com/gpu", description="resource name of the GPU")
+    cpu: Quantity | None = Field(None, description="CPU request and limit; null = the namespace's default")
+    memory: Quantity | None = Field(None, description="memory request and limit; null = the namespace's default")
+    shared_memory: Quantity | None = Field(None, description="size of /dev/shm; null = the container runtime's 64 MiB")
+    node_selector: Mapping[str, str] = Field({}, description="labels that the node must have")
+    tolerations: tuple[Toleration, ...] = Field((), description="taints that the node may have")
+    timeout_minutes: Annotated[int, Field(ge=1)] | None = Field(None, description="the task fails after this time; null = never")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="times that a failed task is tried again")
+    retry_seconds: Annotated[int, Field(ge=0)] = Field(30, description="pause before the first retry, doubled before each further one")
+    retry_max_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(600, description="longest pause before a retry")
+
+
+class InfraConfig(Section):
+    """What all pods share, and what each task gets."""
+
+    TASKS: ClassVar[tuple[str, ...]] = (*Params.STAGES, "gather")
+
+    service_account: Name | None = Field(None, description="service account of the pods; null = the installation's default")
+    image_pull_secrets: tuple[Name, ...] = Field((), description="secrets with which images are pulled")
+    queue: Name | None = Field(None, description="Kueue queue that GPU pods wait in (label kueue.x-k8s.io/queue-name); null = none")
+    run_as_non_root: bool = Field(True, description="refuse to start a container as root")
+    run_as_user: Annotated[int, Field(ge=0)] | None = Field(10001, description="numeric user of the containers, as in the image")
+    secrets: Mapping[Name, Mapping[str, Variable]] = Field(
+        {}, description="secret -> {key: environment variable}: credentials for S3 and MLflow, by name only"
+    )
+    config_maps: Mapping[Name, Mapping[str, Variable]] = Field(
+        {}, description="config map -> {key: environment variable}: MLFLOW_TRACKING_URI, AWS_ENDPOINT_URL and the like"
+    )
+    work_claim: Name | None = Field(
+        None, description="persistent volume claim for checkpoints, so that a preempted task goes on; null = a retry begins anew"
+    )
+    store: Annotated[str, Field(pattern=r"^s3://[^@\s]+$")] | None = Field(
+        None, description="bucket and prefix that the preflight must be able to use"
+    )
+    disk_gib: Annotated[float, Field(ge=0)] = Field(10.0, description="free space that the preflight must find on the GPU node")
+    resources: Mapping[str, Resources] = Field(description="what each task gets: one entry per stage, and `gather`, which joins shards")
+
+    @model_validator(mode="after")
+    def _every_task(self) -> Self:
+        if set(self.resources) != set(self.TASKS):
+            missing, unknown = sorted(set(self.TASKS) - set(self.resources)), sorted(set(self.resources) - set(self.TASKS))
+            said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+            raise ValueError(f"`infra.resources` {' and '.join(said)}; give one entry for each of {', '.join(self.TASKS)}")
+        return self
+
+    @property
+    def on_gpu(self) -> tuple[str, ...]:
+        """The tasks that run on a GPU."""
+        return tuple(task for task in self.TASKS if self.resources[task].gpus)
+
+
+class ShardsConfig(Section):
+    """How many pods share a stage; the number changes no byte of the result on CPU."""
+
+    encode: Shards = Field(1, description="pods that encode images")
+    sample: Shards = Field(1, description="pods that draw images")
+
+
+class Settings(Section):
+    """The whole of `pipelines/settings.yaml`."""
+
+    cluster: ClusterConfig = Field(ClusterConfig(), description="where Kubeflow Pipelines is")
+    infra: InfraConfig = Field(description="what the pods get")
+    shards: ShardsConfig = Field(ShardsConfig(), description="how the work is cut")
+
+
+def load_settings(path: Path) -> Settings:
+    """Read the settings. Raises `DiffstillError` naming every wrong entry, its value and the rule."""
+    return read_yaml(path, Settings, "copy pipelines/settings.yaml of the repository and change it")

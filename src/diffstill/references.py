@@ -1,0 +1,307 @@
+"""Data that lies elsewhere: a folder of a DVC repository at an exact revision, or below an S3 prefix.
+
+`dvc+https://host/org/repo.git?rev=<branch, tag or commit>&path=data/images&md5=<md5>` is a location like any other;
+`dvc+ssh://git@host/...` and `dvc+file:/path` name repositories too. The md5 is DVC's own for the folder and may be
+left out; `pin` fills it in and replaces the revision by its commit. Credentials have no place in a location: git's
+credential helpers and the environment have them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from diffstill import storage
+from diffstill.errors import DiffstillError
+from diffstill.record import Record, ignore
+from diffstill.tracking import without_secrets
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc_data.index import DataIndex, DataIndexEntry
+
+FORM = "dvc+https://<host>/<repository>?rev=<branch, tag or commit>&path=<folder>, optionally with &md5=<DVC's md5 of the folder>"
+SCHEMES = ("https", "http", "ssh", "file")
+TRANSFERS = 8
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class DvcReference:
+    """A folder that DVC tracks: the repository's URL or path, a git revision, the path inside, and DVC's md5 where it is known."""
+
+    repository: str
+    revision: str
+    path: str
+    md5: str | None = None
+
+    def __str__(self) -> str:
+        """The location that `parse` reads."""
+        query = {"rev": self.revision, "path": self.path} | ({"md5": self.md5} if self.md5 else {})
+        where = self.repository if "://" in self.repository else f"file:{quote(self.repository)}"
+        return f"dvc+{where}?{urlencode(query, quote_via=quote, safe='/')}"
+
+
+@dataclass(frozen=True)
+class S3Reference:
+    """All objects below an S3 prefix."""
+
+    uri: str
+
+    def __str__(self) -> str:
+        """The location that `parse` reads."""
+        return self.uri
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Data in a local folder, which is read only, and the facts that say exactly which data it is."""
+
+    folder: Path
+    facts: Mapping[str, str]
+
+
+Reference = DvcReference | S3Reference
+
+
+def parse(location: str) -> Reference | None:
+    """The reference that a location is; None for paths and URLs, which are none. Raises `DiffstillError` on a malformed one."""
+    if location.startswith("s3://"):
+        storage.refuse_malformed(location)
+        return S3Reference(location)
+    return _parse_dvc(location) if re.match(r"dvc[+:]", location) else None
+
+
+def pin(reference: DvcReference) -> DvcReference:
+    """The same data by commit and md5, without a download. Raises `DiffstillError` if it is not there or has another md5 than the reference."""
+    with _opened(reference) as repository:
+        return _pinned(reference, repository)
+
+
+def refuse_unpushed(reference: DvcReference) -> None:
+    """Raise `DiffstillError` unless the repository's DVC remote holds every object of the folder."""
+    with _opened(reference) as repository:
+        pinned, index = _pinned(reference, repository), repository.index.data["repo"]
+        entries = [entry for entry in _entries(index, pinned) if entry.hash_info]
+        held = index.storage_map.bulk_remote_exists(entries, refresh=True)
+    missing = sorted("/".join(entry.key) for entry in entries if not held.get(entry))
+    if missing:
+        raise DiffstillError(
+            f"{reference}: the DVC remote lacks {len(missing)} of {len(entries)} objects ({', '.join(missing[:_SHOWN])}"
+            f"{', ...' if len(missing) > _SHOWN else ''}); run `dvc push` where the data is, at commit {pinned.revision}"
+        )
+
+
+def fetch(reference: Reference, cache: Path, record: Record = ignore) -> Fetched:
+    """The data in a folder below `cache` that is named after its content, downloaded unless it is there; verified in either case.
+
+    Raises `DiffstillError` if it cannot be had or is not what the reference, git or the store say. The folder is whole or absent.
+    """
+    return _fetch_dvc(reference, cache, record) if isinstance(reference, DvcReference) else _fetch_s3(reference, cache, record)
+
+
+# --- S3 ----------------------------------------------------------------------------------------------------------
+
+
+def _fetch_s3(reference: S3Reference, cache: Path, record: Record) -> Fetched:
+    objects = storage.listing(reference.uri)
+    digest = hashlib.sha256(json.dumps([[item.name, item.size, item.etag] for item in objects]).encode()).hexdigest()
+    folder = cache / "s3" / digest
+    storage.appear(folder, lambda arriving: storage.transfer(reference.uri, objects, arriving, record))
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    if sizes != {item.name: item.size for item in objects}:
+        raise _changed(folder)
+    return Fetched(folder, {"location": reference.uri, "listing": digest})
+
+
+# --- DVC ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_dvc(location: str) -> DvcReference:
+    where, _, query = location.removeprefix("dvc+").partition("?")
+    parts = urlsplit(where)
+    if parts.password is not None or (parts.username is not None and parts.scheme != "ssh"):
+        raise _malformed(location, "credentials have no place in a location, leave them to git's credential helper or to ssh")
+    if parts.scheme not in SCHEMES or not parts.path or bool(parts.netloc) == (parts.scheme == "file"):
+        raise _malformed(location, f"expected dvc+ and the URL of a git repository ({', '.join(SCHEMES)})")
+    fields = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)
+    values = dict(fields)
+    if len(values) != len(fields) or not {"rev", "path"} <= values.keys() <= {"rev", "path", "md5"}:
+        raise _malformed(location, "`?rev=...&path=...` must follow the repository, then at most `&md5=...`, each once")
+    return DvcReference(
+        unquote(parts.path) if parts.scheme == "file" else where,
+        _fitting(location, "rev", values["rev"], r"[^-\s][^\s]*"),
+        _inside(location, values["path"].rstrip("/")),
+        _fitting(location, "md5", values["md5"], r"[0-9a-f]{32}(\.dir)?") if "md5" in values else None,
+    )
+
+
+def _fitting(location: str, name: str, value: str, pattern: str) -> str:
+    if not re.fullmatch(pattern, value):
+        raise _malformed(location, f"`{name}` {value!r} is none")
+    return value
+
+
+def _inside(location: str, path: str) -> str:
+    if not storage.is_inside(path):
+        raise _malformed(location, f"`path` {path!r} is no path of a folder inside the repository")
+    return path
+
+
+def _malformed(location: str, why: str) -> DiffstillError:
+    shown = re.sub(r"[^/:+]*:?[^/:+]*@", "***@", without_secrets(location))
+    return DiffstillError(f"{shown}: no reference to a DVC repository, {why}; write {FORM}")
+
+
+@contextmanager
+def _opened(reference: DvcReference) -> Iterator[Repo]:
+    """The repository at the revision. What goes wrong in DVC, git or the network is one `DiffstillError`."""
+    try:
+        from botocore.exceptions import BotoCoreError
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+        from dvc.repo.open_repo import clean_repos
+        from dvc_data.index import DataIndexDirError
+        from dvc_objects.errors import ObjectFormatError
+        from scmrepo.exceptions import SCMError
+    except ImportError as error:
+        raise DiffstillError(f"{reference}: DVC is not installed; pip install 'diffstill[dvc]'") from error
+    with tempfile.TemporaryDirectory(prefix="diffstill-dvc-") as scratch:
+        # Copies, not links into the repository's own cache; no state in folders that a container may not have.
+        config = {"cache": {"type": ["reflink", "copy"]}, "core": {"site_cache_dir": scratch}}
+        try:
+            with Repo.open(reference.repository, rev=reference.revision, config=config) as repository:
+                yield repository
+        except (DvcException, SCMError, DataIndexDirError, ObjectFormatError, BotoCoreError, OSError) as error:
+            raise DiffstillError(
+                f"{reference}: cannot be read ({_reason(error)}); check the repository, `rev`, `path`, the remote in its .dvc/config "
+                "and the credentials in the environment, and that the data was pushed (`dvc push`)"
+            ) from error
+        finally:
+            clean_repos()
+
+
+def _reason(error: BaseException) -> str:
+    """What happened and the first cause of it, in one line: DVC and git wrap causes in general words."""
+    first = error
+    while cause := first.__cause__ or first.__context__:
+        first = cause
+    told = dict.fromkeys(" ".join(str(one).split()) or type(one).__name__ for one in (error, first))
+    return without_secrets(": ".join(told))[:300]
+
+
+def _pinned(reference: DvcReference, repository: Repo) -> DvcReference:
+    index, key = repository.index.data["repo"], tuple(reference.path.split("/"))
+    try:
+        found = index.info(key)
+    except KeyError as error:
+        raise DiffstillError(f"{reference}: DVC tracks nothing at {reference.path!r} in that revision; correct `path` or `rev`") from error
+    if found["type"] != "directory":
+        raise DiffstillError(f"{reference}: {reference.path!r} is a file; name the folder that has it")
+    _refuse_git_files(reference, repository)
+    md5 = found.get("md5") or _digest(_listed(index, reference))
+    if reference.md5 not in (None, md5):
+        raise DiffstillError(f"{reference}: DVC says md5 {md5} for that revision; correct `rev` or `md5`, one of them names other data")
+    return replace(reference, revision=repository.get_rev(), md5=md5)
+
+
+def _refuse_git_files(reference: DvcReference, repository: Repo) -> None:
+    """Files that git has, not DVC, would be left out in silence."""
+    from dvc.dvcfile import is_valid_filename
+
+    found = repository.fs.find(repository.fs.join(repository.root_dir, reference.path))
+    names = sorted(Path(name).name for name in found if not Path(name).name.startswith((".git", ".dvc")) and not is_valid_filename(name))
+    if names:
+        raise DiffstillError(f"{reference}: git and not DVC tracks {', '.join(names[:_SHOWN])} there; add all of the folder to DVC, or none of it")
+
+
+def _entries(index: DataIndex, reference: DvcReference) -> list[DataIndexEntry]:
+    return [entry for _, entry in index.iteritems(prefix=tuple(reference.path.split("/")))]
+
+
+def _listed(index: DataIndex, reference: DvcReference) -> dict[str, str]:
+    """The md5 that DVC has for each file, by its path below the folder."""
+    depth, listed = len(reference.path.split("/")), {}
+    for entry in _entries(index, reference):
+        if entry.meta and entry.meta.isdir:
+            continue
+        name = "/".join(entry.key[depth:])
+        if not entry.hash_info or entry.hash_info.name != "md5":
+            raise DiffstillError(f"{reference}: {name!r} has no md5 of DVC 3; run `dvc cache migrate --dvc-files`, commit and push")
+        if not storage.is_inside(name):
+            raise DiffstillError(f"{reference}: DVC lists {name!r}, which is no path of a file below the folder; add the folder to DVC anew")
+        listed[name] = entry.hash_info.value
+    return listed
+
+
+def _digest(listed: Mapping[str, str]) -> str:
+    """DVC's md5 of a folder that has these files."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    tree = Tree()
+    for name, md5 in listed.items():
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+    tree.digest()
+    return str(tree.oid)
+
+
+def _fetch_dvc(reference: DvcReference, cache: Path, record: Record) -> Fetched:
+    with _opened(reference) as repository:
+        pinned = _pinned(reference, repository)
+        folder, downloaded = cache / "dvc" / str(pinned.md5), partial(_download, pinned, repository.index.data["repo"], record)
+        there = folder.exists()
+        storage.appear(folder, downloaded)
+    if there and _digest({path.relative_to(folder).as_posix(): _md5(path) for path in _files(folder)}) != pinned.md5:
+        raise _changed(folder)
+    return Fetched(folder, {"revision": pinned.revision, "md5": str(pinned.md5), "path": pinned.path})
+
+
+def _download(pinned: DvcReference, index: DataIndex, record: Record, folder: Path) -> None:
+    """Every file into `folder`, verified: each against the listing, the listing against the md5 that git has."""
+    from dvc_data.fs import DataFileSystem
+
+    listed, files = _listed(index, pinned), DataFileSystem(index)
+    if _digest(listed) != pinned.md5:
+        raise DiffstillError(f"{pinned}: the listing of the folder in the DVC remote is corrupted; push it again (`dvc push`) from a good copy")
+    for place in {(folder / name).parent for name in listed}:
+        place.mkdir(parents=True, exist_ok=True)
+
+    def get(name: str) -> None:
+        files.get_file(f"{pinned.path}/{name}", str(folder / name))
+        if _md5(folder / name) != listed[name]:
+            raise DiffstillError(
+                f"{pinned}: {name} has md5 {_md5(folder / name)} in the DVC remote, not {listed[name]}: corrupted; push it again from a good copy"
+            )
+
+    pool = ThreadPool(TRANSFERS)
+    try:
+        with record.progress("download", len(listed), "file") as progress:
+            for _ in pool.imap_unordered(get, listed):
+                progress.update()
+    finally:
+        pool.terminate()
+        pool.join()  # a thread still at work would write into a folder that is being removed
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _changed(folder: Path) -> DiffstillError:
+    return DiffstillError(f"{folder}: was changed since it was downloaded; remove it, and it is downloaded again")

@@ -1,0 +1,108 @@
+"""What a component of the pipeline calls: one stage, with the artifacts and parameters that Kubeflow hands it.
+
+Nothing here knows Kubeflow: an artifact is anything with a `path`, metrics anything that takes a name and a number.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffstill.config import Params, read_json
+from diffstill.doctor import Needs, preflight
+from diffstill.errors import DiffstillError
+from diffstill.run import STAGES, resolve_device, run_stage
+from diffstill.summary import markdown
+from diffstill.tracking import open_chain
+
+
+class Artifact(Protocol):
+    """A file or folder that Kubeflow has brought here, or will fetch from here."""
+
+    path: str
+
+
+class Metrics(Artifact, Protocol):
+    """Numbers that Kubeflow shows beside the task, and a file for them."""
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Keep one number."""
+        ...
+
+
+Given = Artifact | Sequence[Artifact] | str | None
+
+
+def run_task(
+    stage: str,
+    config: str,
+    *,
+    metrics: Metrics,
+    step: str = "",
+    sheet: Artifact | None = None,
+    page: Artifact | None = None,
+    summary: Artifact | None = None,
+    **given: Given,
+) -> None:
+    """Run a stage with its section of the parameters as JSON, and its artifacts and options by the names of its signature.
+
+    Numbers go to `metrics`; pictures, the page and the table, where asked for, to files that Kubeflow's pages show.
+    Bad input ends the process with one message and exit code 2.
+    """
+    with _one_message():
+        section = read_json(config, type(Params.model_fields[stage].default))
+        options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
+        paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}
+        if STAGES[stage].on_device:
+            options["device"] = resolve_device("auto")
+        measured = run_stage(stage, section, paths, step=step or stage, **options)
+        _write(metrics, json.dumps(measured))
+        for name, value in measured.items():
+            metrics.log_metric(name, value)
+        made = paths[STAGES[stage].output]
+        if sheet:
+            _write(sheet, _pictures(sorted(made.glob("seed-*.png"))))
+        if page:
+            shutil.copyfile(made / "report.html", page.path)
+        if summary:
+            _write(summary, markdown(made))
+
+
+def run_preflight(needs: str, params: str) -> None:
+    """Check that the run will find what it needs, and open its run in MLflow, before GPU time is spent."""
+    with _one_message():
+        preflight(read_json(needs, Needs))
+        open_chain(read_json(params, Params))
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Progress to standard error; a user's error is one message and exit code 2, a bug keeps its traceback."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    logging.getLogger("diffstill").setLevel(logging.INFO)
+    try:
+        yield
+    except DiffstillError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def _path(value: Any) -> Path | list[Path]:
+    return [Path(one.path) for one in value] if isinstance(value, Sequence) else Path(value.path)
+
+
+def _write(artifact: Artifact, text: str) -> None:
+    Path(artifact.path).write_text(text, encoding="utf-8")
+
+
+def _pictures(files: Sequence[Path]) -> str:
+    """A page of nothing but pictures, self-contained."""
+    encoded: Mapping[str, str] = {file.stem: base64.b64encode(file.read_bytes()).decode() for file in files}
+    return "".join(f'<p>{name}<br><img alt="{name}" src="data:image/png;base64,{data}"></p>\n' for name, data in encoded.items())

@@ -1,0 +1,283 @@
+"""The pipeline against dvc.yaml and `diffstill run`: the same stages, from the same sections, over the same artifacts; and placed as told."""
+
+import inspect
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.images import load_images
+from diffstill.config import Params, preset
+from diffstill.errors import DiffstillError
+from diffstill.run import STAGES, chain
+from pipelines.distill import arguments
+from pipelines.package import write_package
+from pipelines.settings import MAX_ITERATIONS, Settings, ShardsConfig, load_settings
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("golden")
+STUDENT = "a-student"
+
+
+def component(name):
+    return getattr(__import__(f"components.{name}.component", fromlist=[name]), name)
+
+
+# --- components against stages ------------------------------------------------------------------------------------
+
+
+def test_every_stage_is_a_component_and_no_other_is():
+    assert {path.parent.name for path in (ROOT / "components").glob("*/component.py")} == {*STAGES, "preflight"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_component_has_the_interface_of_its_stage(name):
+    stage, spec = STAGES[name], component(name).component_spec
+    artifacts = {item for item, each in spec.inputs.items() if each.type != "String"}
+    many = {"distilled_scores", "untuned_scores", "real_scores"} if name == "report" else set()
+    assert artifacts == {*stage.inputs, *stage.optional, *many} | ({"weights"} if name == "pretrain" else set()) | (
+        {"parts"} if stage.sharded else set()
+    )
+    assert {item for item in artifacts if spec.inputs[item].optional} == artifacts - set(stage.inputs) - many
+    texts = {item for item, each in spec.inputs.items() if each.type == "String"}
+    assert texts - {"step"} == {"config", *stage.options} | ({"shard"} if stage.sharded else set())
+    assert spec.outputs["metrics"].type.startswith("system.Metrics")
+    assert set(spec.outputs) - {"metrics", "sheet", "page", "summary"} == {stage.output}
+
+
+@pytest.mark.parametrize("name", [*STAGES, "preflight"])
+def test_a_component_is_one_import_and_one_call_with_every_argument(name):
+    function = component(name).python_func
+    body = inspect.getsource(function).rpartition('"""')[2]
+    assert len(re.findall(r"^    \w", body, re.MULTILINE)) == 2
+    assert body.count("import") == 1
+    for parameter in typing.get_type_hints(function):
+        if parameter != "return":
+            assert re.search(rf"\b{parameter}\b", body), parameter
+            assert re.search(rf"^    +{parameter}: \w", str(function.__doc__), re.MULTILINE), f"{parameter} is not explained"
+
+
+# --- the pipeline against the chain -------------------------------------------------------------------------------
+
+
+class Graph:
+    """The compiled pipeline, its tasks by the name that the UI shows, and where their inputs come from."""
+
+    def __init__(self, text: str) -> None:
+        self.spec, self.platform = yaml.safe_load_all(text)
+        self.tasks: dict[str, dict[str, typing.Any]] = {}
+        self._walk(self.spec["root"], {}, [])
+
+    def _walk(self, dag: dict[str, typing.Any], outer: dict[str, str], path: list[str]) -> None:
+        """Visit a part of the pipeline; `outer` says what its own inputs are."""
+        made: dict[tuple[str, str], str] = {}
+        pending = dict(dag["dag"]["tasks"])
+        while pending:
+            for key, task in list(pending.items()):
+                if set(task.get("dependentTasks", [])) & set(pending):
+                    continue
+                inputs = {
+                    name: self._source(given, outer, made)
+                    for kind in ("artifacts", "parameters")
+                    for name, given in task.get("inputs", {}).get(kind, {}).items()
+                }
+                component = self.spec["components"][task["componentRef"]["name"]]
+                if "dag" in component:
+                    made |= {(key, name): source for name, source in self._walk_part(component, inputs, [*path, key]).items()}
+                else:
+                    shown = task["taskInfo"]["name"]
+                    executor = component["executorLabel"]
+                    self.tasks[shown] = {
+                        "inputs": inputs,
+                        "executor": executor,
+                        "path": path,
+                        "cached": task.get("cachingOptions", {}),
+                        "retry": task.get("retryPolicy"),
+                    }
+                    made |= {(key, name): f"{shown}.{name}" for name in component.get("outputDefinitions", {}).get("artifacts", {})}
+                del pending[key]
+        self._made = made
+
+    def _walk_part(self, component: dict[str, typing.Any], inputs: dict[str, str], path: list[str]) -> dict[str, str]:
+        loop = {"pipelinechannel--" + name: value for name, value in inputs.items()}
+        self._walk(component, {**inputs, **loop}, path)
+        made = self._made
+        outputs = component["dag"].get("outputs", {}).get("artifacts", {})
+        return {
+            name: " or ".join(made[each["producerSubtask"], each["outputArtifactKey"]] for each in spec["artifactSelectors"])
+            for name, spec in outputs.items()
+        }
+
+    @staticmethod
+    def _source(given: dict[str, typing.Any], outer: dict[str, str], made: dict[tuple[str, str], str]) -> str:
+        if "taskOutputArtifact" in given:
+            where = given["taskOutputArtifact"]
+            return made[where["producerTask"], where["outputArtifactKey"]]
+        if "componentInputArtifact" in given or "componentInputParameter" in given:
+            name = given.get("componentInputArtifact") or given["componentInputParameter"]
+            return outer.get(name, name)
+        return str(given["runtimeValue"]["constant"])
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return Graph((GOLDEN / "distill.yaml").read_text())
+
+
+KFP_ONLY = {"preflight", "importer", "pretrain: import", "encode: shard", "sample: shard", "sample-untuned: shard"}
+
+
+def test_the_pipeline_has_the_steps_of_the_chain(graph):
+    steps = {re.sub(r"@(distilled|untuned)-.*", r": \1", step.name).partition("@")[0] for step in chain(preset("tiny"))}
+    assert set(graph.tasks) - KFP_ONLY == steps
+
+
+def test_every_task_takes_the_section_of_its_stage(graph):
+    for shown, task in graph.tasks.items():
+        if shown in ("preflight", "importer"):
+            continue
+        stage = re.split("[-:]", shown)[0]
+        assert re.match(rf"exec-{stage}(-\d+)?$", task["executor"]), shown
+        config = task["inputs"]["config"].rpartition("pipelinechannel--")[2]
+        assert config == stage, shown
+
+
+def test_artifacts_flow_as_in_the_chain(graph):
+    """For each step of the chain: every input is what the step that writes that folder gives."""
+    makes = {"images": "prepare.images", "generator": "pretrain.generator or pretrain: import.generator", "latents": "encode.latents"}
+    makes |= {"denoiser": "finetune.denoiser", "distilled": "sample.distilled", "untuned": "sample-untuned.distilled"}
+    for step in chain(preset("tiny")):
+        shown = re.sub(r"@(distilled|untuned)-.*", r": \1", step.name).partition("@")[0]
+        given = {name: makes[where] for name, where in step.paths.items() if isinstance(where, str) and name != STAGES[step.stage].output}
+        found = {name: source for name, source in graph.tasks[shown]["inputs"].items() if name in given}
+        assert found == given, shown
+    scores = {name: source for name, source in graph.tasks["report"]["inputs"].items() if name.endswith("_scores")}
+    assert scores == {
+        "distilled_scores": "evaluate: distilled.scores",
+        "untuned_scores": "evaluate: untuned.scores",
+        "real_scores": "evaluate-real.scores",
+    }
+
+
+def test_runs_in_mlflow_have_the_names_of_the_steps(graph):
+    def step(shown):
+        return re.sub(r"\{\{.*\}\}", STUDENT, graph.tasks[shown]["inputs"]["step"])
+
+    values = preset("tiny").plain() | {}
+    values["evaluate"]["students"] = [STUDENT]
+    names = {each.name for each in chain(Params.model_validate_json(json.dumps(values))) if each.stage == "evaluate" or each.name == "sample-untuned"}
+    assert {step(shown) for shown in ("evaluate-real", "evaluate: distilled", "evaluate: untuned", "sample-untuned")} == names
+
+
+def test_loops_are_one_level_deep_and_hold_no_importer(graph):
+    for shown, task in graph.tasks.items():
+        loops = [part for part in task["path"] if part.startswith("for-loop")]
+        assert len(loops) <= 1, shown
+        assert not (loops and shown == "importer")
+
+
+def test_only_the_preflight_is_never_cached(graph):
+    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} <= {"preflight", "importer"}
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def test_arguments_are_texts_that_give_the_sections_back():
+    params, settings = preset("fashion-mnist"), load_settings(ROOT / "pipelines" / "settings.yaml")
+    given = arguments(params, settings, ShardsConfig(encode=2, sample=3))
+    for name in Params.STAGES:
+        assert type(params.section(name)).model_validate_json(given[name]) == params.section(name)
+    assert Params.model_validate_json(given["params"]) == params
+    assert given["students"] == ["convnet-3"]
+    assert (given["encode_shards"], given["sample_shards"]) == (["0/2", "1/2"], ["0/3", "1/3", "2/3"])
+    assert given["weights_uri"] == ""
+    needs = json.loads(given["needs"])
+    assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
+    assert "AWS_SECRET_ACCESS_KEY" in needs["environment"]
+
+
+def test_weights_to_start_from_are_imported():
+    values = preset("tiny").plain()
+    values["pretrain"] |= {"source": "folder", "location": "s3://models/dit"}
+    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == "s3://models/dit"
+
+
+def test_what_a_pipeline_cannot_do_is_refused():
+    values = preset("tiny").plain()
+    values["sample"]["classes"] = ["1"]
+    with pytest.raises(DiffstillError, match=r"`sample.classes` is for `diffstill sample` alone"):
+        arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())
+    values["sample"]["classes"] = None
+    values["evaluate"]["students"] = [f"convnet-{number}" for number in range(1, MAX_ITERATIONS + 2)]
+    with pytest.raises(DiffstillError, match="lists 31 networks, a loop of the pipeline takes 30"):
+        arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())
+
+
+# --- placement ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """The pipeline under settings that use every knob."""
+    values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
+    values["infra"] |= {"image_pull_secrets": ["registry"], "queue": "gpu-queue", "work_claim": "checkpoints", "run_as_user": 4711}
+    values["infra"]["resources"]["finetune"] = {
+        "gpus": 4, "gpu_type": "example.com/gpu", "cpu": "16", "memory": "64Gi", "shared_memory": "16Gi", "timeout_minutes": 10,
+        "node_selector": {"pool": "a100"}, "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
+        "retries": 5, "retry_seconds": 7, "retry_max_seconds": 70,
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("placed") / "distill.yaml"
+    write_package(Settings.model_validate_json(json.dumps(values)), load_images(GOLDEN / "images.lock"), path)
+    return Graph(path.read_text())
+
+
+def pod(graph, shown):
+    """What the container of a task asks for, and what its pod does."""
+    executor = graph.tasks[shown]["executor"]
+    return graph.spec["deploymentSpec"]["executors"][executor]["container"], graph.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][
+        executor
+    ]
+
+
+def test_a_task_gets_what_its_settings_say(placed):
+    container, kubernetes = pod(placed, "finetune")
+    assert container["resources"]["accelerator"]["resourceType"] == "example.com/gpu"
+    assert container["resources"]["accelerator"]["resourceCount"] == "4"
+    assert (container["resources"]["resourceCpuLimit"], container["resources"]["resourceMemoryLimit"]) == ("16", "64Gi")
+    assert container["image"].endswith("2"), "the gpu image"
+    assert kubernetes["nodeSelector"]["labels"] == {"pool": "a100"}
+    assert kubernetes["tolerations"] == [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
+    assert kubernetes["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue"}
+    assert kubernetes["activeDeadlineSeconds"] == "600"
+    assert [(each["mountPath"], each["medium"], each["sizeLimit"]) for each in kubernetes["emptyDirMounts"]] == [("/dev/shm", "Memory", "16Gi")]
+    assert kubernetes["securityContext"] == {"runAsUser": "4711", "runAsGroup": "4711", "runAsNonRoot": True}
+    assert placed.tasks["finetune"]["retry"] == {"maxRetryCount": 5, "backoffDuration": "7s", "backoffFactor": 2.0, "backoffMaxDuration": "70s"}
+
+
+def test_a_task_without_a_gpu_waits_in_no_queue(placed):
+    container, kubernetes = pod(placed, "report")
+    assert container["image"].endswith("1"), "the cpu image"
+    assert "accelerator" not in container["resources"]
+    assert "podMetadata" not in kubernetes
+
+
+def test_the_preflight_stands_where_fine_tuning_will(placed):
+    container, kubernetes = pod(placed, "preflight")
+    assert container["resources"]["accelerator"]["resourceCount"] == "4"
+    assert kubernetes["nodeSelector"] == pod(placed, "finetune")[1]["nodeSelector"]
+    assert placed.tasks["preflight"]["retry"] is None
+
+
+def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
+    for shown in set(placed.tasks) - {"importer"}:
+        container, kubernetes = pod(placed, shown)
+        assert [each["secretName"] for each in kubernetes["secretAsEnv"]] == ["diffstill-s3"]
+        assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services"]
+        assert kubernetes["imagePullSecret"][0]["secretName"] == "registry"
+        assert {each["name"] for each in kubernetes["fieldPathAsEnv"]} == {"DIFFSTILL_CHAIN"}
+        assert kubernetes["pvcMount"][0]["mountPath"] == "/work"
+        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/work"}

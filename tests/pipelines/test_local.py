@@ -1,0 +1,186 @@
+"""The whole pipeline under Kubeflow's own local runner, in processes: loops, branches, gathering, cache, failure, retry."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from chains import contents
+from diffstill.artifacts import WorkFolder, open_artifact
+from diffstill.config import load_params, preset, render_params
+from diffstill.run import chain
+
+pytestmark = [pytest.mark.xdist_group("pipeline"), pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with parameters, in which the pipeline runs as a user would run it."""
+
+    folder: Path
+    tracking: str = "none"
+
+    def environment(self) -> dict[str, str]:
+        own = {"MLFLOW_TRACKING_URI": self.tracking, "DIFFSTILL_WORK": str(self.folder / "work"), "PYTHONPATH": str(ROOT)}
+        return os.environ | own | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+    def command(self, *options: str) -> list[str]:
+        return [sys.executable, "-m", "pipelines", "run-local", "--params", "params.yaml", "--output", "local", *options]
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*options), cwd=self.folder, env=self.environment(), capture_output=True, text=True, check=False)
+
+
+def ran(told: str) -> set[str]:
+    """The tasks that did work, by the names of kfp's log."""
+    plain = re.sub(r"\x1b\[\d+m", "", told)
+    finished, cached = (
+        set(re.findall(pattern, plain, re.MULTILINE)) for pattern in (r"Task '([^']+)' finished with status", r"Task (\S+) cache hit")
+    )
+    assert finished
+    return finished - cached
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "params.yaml").write_text(render_params(preset("tiny")))
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def chain_artifacts(place):
+    """What `diffstill run` makes of the same parameters."""
+    folder = place.folder / "chain"
+    folder.mkdir()
+    command = [str(Path(sys.executable).with_name("diffstill")), "run", "--params", "../params.yaml"]
+    done = subprocess.run(command, cwd=folder, env=place.environment() | {"MLFLOW_TRACKING_URI": "none"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return contents(folder / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def two_shards(place):
+    done = place.run("--shards", "2")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_two_shards_give_the_bytes_of_one_process(place, two_shards, chain_artifacts):
+    assert contents(place.folder / "local" / "artifacts") == chain_artifacts
+    assert "untuned generator" in two_shards, "the table at the end"
+
+
+def test_the_browser_gets_a_page_a_table_and_pictures(place, two_shards):
+    runs = place.folder / "local" / "runs"
+    page, summary = (next(runs.glob(f"*/report/{name}")).read_text() for name in ("page", "summary"))
+    assert page == (place.folder / "local" / "artifacts" / "report" / "report.html").read_text()
+    assert "| distilled " in summary
+    assert any("data:image/png;base64," in path.read_text() for path in runs.glob("*/sample*/sheet"))
+
+
+def test_a_second_run_makes_nothing_anew(place, two_shards, chain_artifacts):
+    done = place.run("--shards", "2")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert ran(done.stdout + done.stderr) == {"preflight"}
+    assert contents(place.folder / "local" / "artifacts") == chain_artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_another_number_of_shards_gives_the_same_bytes(place, two_shards, chain_artifacts, count):
+    """Only what the number of shards reaches runs again."""
+    done = place.run("--shards", count)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert not {"prepare", "pretrain"} & ran(done.stdout + done.stderr)
+    assert {"encode", "sample"} <= ran(done.stdout + done.stderr)
+    assert contents(place.folder / "local" / "artifacts") == chain_artifacts
+
+
+@pytest.mark.slow
+def test_all_stages_are_runs_under_one_parent_in_mlflow(place, tmp_path):
+    from mlflow import MlflowClient
+
+    shutil.copy(place.folder / "params.yaml", tmp_path)
+    other = Place(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert other.run("--shards", "1").returncode == 0
+    client = MlflowClient(other.tracking)
+    runs = client.search_runs([client.get_experiment_by_name("diffstill").experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    assert parents[0].info.status == "FINISHED"
+    assert parents[0].data.metrics
+    names = {run.info.run_name for run in runs} - {parents[0].info.run_name}
+    assert names == {step.name for step in chain(preset("tiny"))}
+
+
+@pytest.mark.slow
+def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
+    """The other branch: a DiTPipeline folder goes through kfp's importer."""
+    values = yaml.safe_load(render_params(preset("tiny")))
+    values["pretrain"] |= {"source": "folder", "location": str(place.folder / "local" / "artifacts" / "generator")}
+    other = Place(tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    done = other.run("--shards", "1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    imported = open_artifact(tmp_path / "local" / "artifacts" / "generator", "generator")
+    assert imported.manifest.config["location"] == values["pretrain"]["location"]
+    trained = place.folder / "local" / "artifacts" / "generator" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert (imported.folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == trained.read_bytes()
+    assert open_artifact(tmp_path / "local" / "artifacts" / "report", "report").facts
+
+
+def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artifacts):
+    values = yaml.safe_load(render_params(preset("tiny")))
+    values["sample"]["images_per_class"] = values["evaluate"]["images_per_class"][-1] = 5000
+    wanted = place.folder / "params.yaml"
+    before = wanted.read_text()
+    wanted.write_text(yaml.safe_dump(values))
+    try:
+        done = place.run("--shards", "2")
+    finally:
+        wanted.write_text(before)
+    told = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert re.search(r"error: class '\d' has \d+ training images, `evaluate.images_per_class` asks for 5000", told), "what the task said"
+    assert "error: the pipeline failed" in done.stderr, "and the last word"
+    assert "status FAILURE" in told
+    assert contents(place.folder / "local" / "artifacts") == chain_artifacts
+
+
+@pytest.mark.slow
+def test_a_retry_succeeds(place, two_shards, chain_artifacts, tmp_path):
+    """Fine-tuning finds its work folder taken; when that is released, the second try gets through."""
+    params = load_params(place.folder / "params.yaml")
+    made = place.folder / "local" / "artifacts"
+    inputs = {"latents": open_artifact(made / "latents", "latents"), "generator": open_artifact(made / "generator", "generator")}
+    other = Place(tmp_path)
+    shutil.copy(place.folder / "params.yaml", tmp_path)
+    with pytest.MonkeyPatch.context() as world:
+        world.setenv("DIFFSTILL_WORK", str(tmp_path / "work"))
+        lock = WorkFolder("finetune", params.finetune, inputs).folder.with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    taken = FileLock(lock)
+    told: list[str] = []
+    with taken, subprocess.Popen(
+        other.command("--shards", "1", "--retries", "1"), cwd=tmp_path, env=other.environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        for line in process.stdout:
+            told.append(line)
+            if "another diffstill is at work on this very step" in line:
+                taken.release(force=True)
+    text = "".join(told)
+    assert "another diffstill is at work on this very step" in text
+    assert process.returncode == 0, text[-6000:]
+    assert contents(tmp_path / "local" / "artifacts") == chain_artifacts

@@ -1,0 +1,123 @@
+"""What a component does with what Kubeflow hands it."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from chains import contents
+from diffstill.config import preset
+from diffstill.task import run_preflight, run_task
+
+pytestmark = pytest.mark.xdist_group("chain")
+
+
+@dataclass
+class Handed:
+    """An artifact or metrics as Kubeflow's executor hands them over."""
+
+    path: str
+    logged: dict[str, float] = field(default_factory=dict)
+
+    def log_metric(self, metric: str, value: float) -> None:
+        self.logged[metric] = value
+
+
+def handed(folder: Path, *names: str) -> dict[str, Handed]:
+    return {name: Handed(str(folder / name)) for name in names}
+
+
+def test_a_stage_runs_with_its_section_and_logs_what_it_measured(tiny_chain, tmp_path):
+    out = handed(tmp_path, "images", "metrics")
+    run_task("prepare", tiny_chain.params.prepare.canonical(), **out)
+    assert contents(tmp_path / "images") == contents(tiny_chain.artifacts / "images")
+    assert out["metrics"].logged["train_images"] > 100
+    assert json.loads((tmp_path / "metrics").read_text()) == out["metrics"].logged
+
+
+def test_options_that_are_empty_are_not_given(tiny_chain, tmp_path):
+    out = handed(tmp_path, "distilled", "metrics", "sheet")
+    given = handed(tiny_chain.artifacts, "generator", "denoiser")
+    run_task("sample", tiny_chain.params.sample.canonical(), **out, **given, parts=None, shard="", step="")
+    assert contents(tmp_path / "distilled") == contents(tiny_chain.artifacts / "distilled")
+    page = (tmp_path / "sheet").read_text()
+    assert re.findall(r"<p>(seed-\d)", page) == ["seed-0", "seed-1"]
+    assert page.count("data:image/png;base64,iVBOR") == 2
+
+
+def test_shards_are_made_and_gathered(tiny_chain, tmp_path):
+    config, given = tiny_chain.params.encode.canonical(), handed(tiny_chain.artifacts, "images", "generator")
+    parts = [Handed(str(tmp_path / f"part-{index}")) for index in range(2)]
+    for index, part in enumerate(parts):
+        run_task("encode", config, **given, latents=part, metrics=Handed(str(tmp_path / "m")), shard=f"{index}/2", parts=None)
+    run_task("encode", config, **given, **handed(tmp_path, "latents", "metrics"), parts=parts, shard="")
+    assert contents(tmp_path / "latents") == contents(tiny_chain.artifacts / "latents")
+
+
+def test_the_report_comes_with_a_page_and_a_table(tiny_chain, tmp_path):
+    given = handed(tiny_chain.artifacts, "images", "denoiser", "distilled", "untuned")
+    scores = [Handed(str(path)) for path in sorted((tiny_chain.artifacts / "scores").iterdir())]
+    run_task("report", tiny_chain.params.report.canonical(), **given, scores=scores, **handed(tmp_path, "report", "page", "summary", "metrics"))
+    assert (tmp_path / "page").read_bytes() == (tmp_path / "report" / "report.html").read_bytes()
+    assert "| source" in (tmp_path / "summary").read_text()
+    assert contents(tmp_path / "report") == contents(tiny_chain.artifacts / "report")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"side": 4}', "`side` is 4"),
+        ('{"sides": 8}', "`sides` is not a knob"),
+        ('{"location": "/nowhere", "source": "folder"}', "error: /nowhere: is no folder"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path, capsys, config, message):
+    with pytest.raises(SystemExit) as ended:
+        run_task("prepare", config, **handed(tmp_path, "images", "metrics"))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in told
+    assert told.count("error: ") == 1
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    with pytest.raises(TypeError):
+        run_task("prepare", "{}", **handed(tmp_path, "images", "metrics"), nonsense="x")
+
+
+def test_the_preflight_names_all_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setenv("PRESENT", "sentinel-value")
+    needs = {"environment": ["PRESENT", "ABSENT_KEY"], "disk_gib": 1e9}
+    with pytest.raises(SystemExit) as ended:
+        run_preflight(json.dumps(needs), preset("tiny").canonical())
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "ABSENT_KEY" in told.err
+    assert "disk" in told.err
+    assert "sentinel-value" not in told.out + told.err
+
+
+@pytest.mark.parametrize(("needs", "message"), [('{"gpu": 1}', "gpu"), ("no json", "Invalid JSON"), ('{"disk_gib": -1}', "disk_gib")])
+def test_malformed_needs_are_named(needs, message, capsys):
+    with pytest.raises(SystemExit):
+        run_preflight(needs, preset("tiny").canonical())
+    assert message in capsys.readouterr().err
+
+
+def test_the_preflight_opens_the_run_in_mlflow(monkeypatch, tmp_path):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("DIFFSTILL_CHAIN", "run-4711")
+    monkeypatch.chdir(tmp_path)
+    run_preflight("{}", preset("tiny").canonical())
+    out = handed(tmp_path, "images", "metrics")
+    run_task("prepare", preset("tiny").prepare.canonical(), **out)
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("diffstill").experiment_id])
+    parent = next(run for run in runs if run.data.tags.get("diffstill.chain") == "run-4711")
+    assert [artifact.path for artifact in client.list_artifacts(parent.info.run_id)] == ["params.json"]
+    assert [run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id] == ["prepare"]
