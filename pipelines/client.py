@@ -132,20 +132,14 @@ class Cluster:
 
         A server that has answered once may fail for some minutes: runs last for hours, and longer than its pods.
         """
-        run, heard = self.run(run_id), time.monotonic()
-        deadline = heard + 60 * (float("inf") if minutes is None else minutes)
-        while True:
+        deadline = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+        run = self.run(run_id)
+        while not run.finished:
             yield run
-            if run.finished:
-                return
             if time.monotonic() > deadline:
                 raise DiffstillError(f"run {run_id} is still {run.state.lower()} after {minutes:g} minutes and goes on; wait longer, or cancel it")
-            time.sleep(POLL_SECONDS)
-            try:
-                run, heard = self.run(run_id), time.monotonic()
-            except DiffstillError:
-                if time.monotonic() > heard + PATIENCE_SECONDS:
-                    raise
+            run = self._later(run_id)
+        yield run
 
     def log(self, run: Run, pod: str) -> str:
         """What a pod of the run has said so far. It comes from the user interface, so that the host must be that and not the bare API server."""
@@ -183,6 +177,16 @@ class Cluster:
             raise DiffstillError(f"run {run_id}: its outputs {where}; set `cluster.pipeline_root` to that place, as s3://bucket/prefix")
         name = self._spec(found)["pipelineInfo"]["name"]
         return f"s3://{root.split('://')[1].split('?')[0].rstrip('/')}/{name}/{run_id}"
+
+    def _later(self, run_id: str) -> Run:
+        heard = time.monotonic()
+        while True:
+            time.sleep(POLL_SECONDS)
+            try:
+                return self.run(run_id)
+            except DiffstillError:
+                if time.monotonic() > heard + PATIENCE_SECONDS:
+                    raise
 
     def _order(self, package: Path, arguments: Arguments, service_account: str | None) -> dict[str, Any]:
         """What runs and schedules have in common: which version of the pipeline, with what, where."""

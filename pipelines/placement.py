@@ -12,7 +12,7 @@ from pipelines.settings import InfraConfig, Resources
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (inside the container)
-WORK = "/work"
+WORK = "/var/diffstill"
 """Where the persistent volume for checkpoints is mounted."""
 
 

@@ -13,8 +13,8 @@ from chains import contents
 from containers.conftest import USER, docker, in_container
 from diffstill.config import render_params
 
-SMOKE = ("diffusion", "memory", "metrics", "networks", "artifacts", "doctor", "run")
-"""Test files that run inside the image: the maths, the networks, the files, the command line, a whole tiny chain."""
+SMOKE = ("diffusion", "memory", "metrics", "networks", "artifacts", "html", "run")
+"""Test files that run inside the image: the maths, the networks, the files, the page, a whole tiny chain."""
 TESTS = "/opt/diffstill-tests"
 
 

@@ -279,5 +279,5 @@ def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
         assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services"]
         assert kubernetes["imagePullSecret"][0]["secretName"] == "registry"
         assert {each["name"] for each in kubernetes["fieldPathAsEnv"]} == {"DIFFSTILL_CHAIN"}
-        assert kubernetes["pvcMount"][0]["mountPath"] == "/work"
-        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/work"}
+        assert kubernetes["pvcMount"][0]["mountPath"] == "/var/diffstill"
+        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill"}
