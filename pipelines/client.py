@@ -13,8 +13,7 @@ from typing import Any, Self
 import kfp_server_api as api
 
 from diffstill.artifacts import file_digest
-from diffstill.errors import DiffstillError
-from diffstill.tracking import without_secrets
+from diffstill.errors import DiffstillError, without_secrets
 from pipelines.connection import Connection, connect
 from pipelines.settings import ClusterConfig
 

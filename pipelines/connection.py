@@ -20,8 +20,7 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, SSLError
 from urllib3.util import parse_url
 
-from diffstill.errors import DiffstillError
-from diffstill.tracking import without_secrets
+from diffstill.errors import DiffstillError, without_secrets
 from pipelines.settings import ClusterConfig
 
 RETRIES = Retry(3, redirect=0, status_forcelist=(502, 503, 504), backoff_factor=0.3, raise_on_status=False, raise_on_redirect=False)

@@ -94,12 +94,12 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
             trained = place(make_generator(config=pretrain, images=images), "pretrain")
         with dsl.Else(name="import"):
             weights = dsl.importer(artifact_uri=weights_uri, artifact_class=dsl.Model, reimport=False)
-            imported = place(make_generator(config=pretrain, images=images, weights=weights.output), "pretrain", "pretrain: import")
+            imported = place(make_generator(config=pretrain, images=images, weights=weights.output), "pretrain", "pretrain-import")
         generator = dsl.OneOf(trained.outputs["generator"], imported.outputs["generator"])
 
         encoding = {"config": encode, "images": images, "generator": generator}
         with dsl.ParallelFor(encode_shards) as shard:
-            part = place(encode_images(**encoding, shard=shard), "encode", "encode: shard").outputs["latents"]
+            part = place(encode_images(**encoding, shard=shard), "encode", "encode-shard").outputs["latents"]
         latents = place(encode_images(**encoding, parts=dsl.Collected(part)), "gather", "encode").outputs["latents"]
 
         denoiser = place(finetune_generator(config=finetune, latents=latents, generator=generator), "finetune").outputs["denoiser"]
@@ -107,8 +107,8 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
         tuning = {"config": sample, "generator": generator, "denoiser": denoiser}
         plain = {"config": sample, "generator": generator, "step": "sample-untuned"}
         with dsl.ParallelFor(sample_shards) as shard:
-            tuned_part = place(draw_images(**tuning, shard=shard), "sample", "sample: shard").outputs["distilled"]
-            plain_part = place(draw_images(**plain, shard=shard), "sample", "sample-untuned: shard").outputs["distilled"]
+            tuned_part = place(draw_images(**tuning, shard=shard), "sample", "sample-shard").outputs["distilled"]
+            plain_part = place(draw_images(**plain, shard=shard), "sample", "sample-untuned-shard").outputs["distilled"]
         distilled = place(draw_images(**tuning, parts=dsl.Collected(tuned_part)), "gather", "sample").outputs["distilled"]
         untuned = place(draw_images(**plain, parts=dsl.Collected(plain_part)), "gather", "sample-untuned").outputs["distilled"]
 
@@ -116,7 +116,7 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
         with dsl.ParallelFor(students) as student:
             cells = {
                 f"{source}_scores": place(
-                    train_students(**judging, distilled=made, student=student, step=f"evaluate@{source}-{student}"), "evaluate", f"evaluate: {source}"
+                    train_students(**judging, distilled=made, student=student, step=f"evaluate@{source}-{student}"), "evaluate", f"evaluate-{source}"
                 )
                 for source, made in (("distilled", distilled), ("untuned", untuned))
             }

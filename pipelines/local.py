@@ -1,16 +1,21 @@
 """The same pipeline on this machine, without a cluster: in processes of this Python, or in containers of a Docker engine."""
 
 import hashlib
+import io
 import os
+import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kfp import local
+from kfp.dsl.base_component import BaseComponent
 from kfp.local import docker_task_handler
 from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 
@@ -67,28 +72,51 @@ def run_local(
 ) -> Path:
     """Run the pipeline and lay its artifacts out as the chain does; the folder of the artifacts, `folder`/artifacts.
 
-    `folder`/runs keeps the outputs of every task, `folder`/cache what makes a second run skip them. Raises
+    `folder`/runs keeps the outputs of every task, `folder`/cache what makes a second run skip them, run.log what was said. Raises
     `DiffstillError` if a task fails; what an earlier run laid out stays then.
     """
-    folder = folder.absolute()
     for name in _places(params):
         refuse_foreign(folder / "artifacts" / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    local.init(
-        executor.runner,
-        pipeline_root=str(folder / "runs"),
-        raise_on_error=True,
-        enable_caching=cache,
-        cache_root=str(folder / "cache") if cache else None,
-    )
-    _mend_kfp()
-    given = arguments(params, None, shards)
+    images = Images(executor.image, executor.image)
+    pipeline, given = build(_retrying(settings.infra, retries), images), arguments(params, None, shards)
     with _environment(DIFFSTILL_CHAIN=chain_name(params)):
+        outputs = execute(pipeline, given, folder, executor, cache=cache)
+    return _lay_out(outputs, params, folder / "artifacts")
+
+
+def execute(pipeline: BaseComponent, given: Mapping[str, Any], folder: Path, executor: Executor, *, cache: bool) -> Mapping[str, Any]:
+    """The outputs of a pipeline, run here; `folder`/run.log has all that was said. Raises `DiffstillError` if a task fails."""
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    _mend_kfp()
+    cached = {"enable_caching": cache, "cache_root": str(folder / "cache") if cache else None}
+    local.init(executor.runner, pipeline_root=str(folder / "runs"), raise_on_error=True, **cached)
+    with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Told(log, sys.stdout)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"kfp\.local")  # at each task: that resources have no effect here, that the image is not run
         try:
-            made = build(_retrying(settings.infra, retries), Images(executor.image, executor.image))(**given)
+            made: Mapping[str, Any] = pipeline(**given).outputs
         except RuntimeError as error:
-            raise DiffstillError(f"the pipeline failed: {error}; what the task said stands above") from error
-    return _lay_out(made.outputs, params, folder / "artifacts")
+            raise DiffstillError(f"the pipeline failed: {error}; all that its tasks said stands in {folder / 'run.log'}") from error
+    return made
+
+
+class _Told(io.TextIOBase):
+    """What kfp and the tasks print: all of it to a log, what a person wants to see to the terminal."""
+
+    WANTED = re.compile(r"^[\d:.]+ - \w+ - (?!Streamed|Cleaned|Task \S+ (outputs:|has no outputs))|^\s*(diffstill|error): ")
+
+    def __init__(self, log: TextIO, terminal: TextIO) -> None:
+        self._log, self._terminal, self._rest = log, terminal, ""
+
+    def write(self, text: str) -> int:
+        """Log `text`; show the lines in it that are wanted."""
+        self._log.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if self.WANTED.match(line):
+                self._terminal.write(line.lstrip() + "\n")
+        self._terminal.flush()
+        return len(text)
 
 
 def _retrying(infra: InfraConfig, retries: int) -> InfraConfig:

@@ -83,7 +83,7 @@ def _command(name: str) -> str:
     from diffstill.run import STAGES
 
     if name == "preflight":
-        inside = "diffstill doctor"
+        inside = "diffstill doctor --gpus 1 --shared-memory 8 --environment AWS_ACCESS_KEY_ID --mlflow"
     else:
         stage = STAGES[name]
         inside = " ".join(

@@ -391,3 +391,35 @@ def test_show_prints_the_resolved_configuration(here):
 
 def test_schema():
     assert json.loads(call("schema").stdout) == json.loads(json.dumps(json_schema()))
+
+
+# --- shards, and what a run needs ---------------------------------------------------------------------------------
+
+
+def test_shards_are_made_and_gathered_by_command(tiny_chain, here):
+    (here / "params.yaml").write_text(render_params(tiny_chain.params))
+    shutil.copytree(tiny_chain.artifacts, here / "artifacts")
+    for index in range(2):
+        assert call("encode", *IMAGES, *GENERATOR, "--latents", f"part-{index}", "--shard", f"{index}/2").exit_code == 0
+    gathered = call("encode", *IMAGES, *GENERATOR, "--latents", "latents", "--parts", "part-1", "--parts", "part-0")
+    assert gathered.exit_code == 0, gathered.output
+    assert contents(here / "latents") == contents(tiny_chain.artifacts / "latents")
+    lacking = call("encode", *IMAGES, *GENERATOR, "--latents", "latents", "--parts", "part-1", "--parts", "part-2")
+    assert (lacking.exit_code, lacking.stderr.count("error: part-2: no artifact here")) == (2, 1)
+    wrong = call("encode", *IMAGES, *GENERATOR, "--latents", "other", "--shard", "2/2")
+    assert (wrong.exit_code, wrong.stderr.splitlines()[-1]) == (
+        2,
+        "error: shard '2/2' is not <index>/<count> with the index counted from 0; the first of three is 0/3",
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_doctor_names_what_a_run_would_lack(monkeypatch):
+    monkeypatch.setenv("PRESENT", "sentinel")
+    fine = call("doctor", "--environment", "PRESENT", "--disk", "0.001")
+    assert fine.exit_code == 0, fine.output
+    lacking = call("doctor", "--environment", "PRESENT", "--environment", "ABSENT", "--shared-memory", "1e6")
+    assert lacking.exit_code == 2
+    assert "error: this machine lacks what the run needs: (1)" in lacking.stderr
+    assert "ABSENT" in lacking.stderr
+    assert "sentinel" not in fine.output + lacking.output

@@ -10,9 +10,9 @@ import pytest
 
 from chains import Chain
 from diffstill.config import Params, preset
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 from diffstill.run import run_stage
-from diffstill.tracking import git_sha, stage_run, tracking_uri, without_secrets
+from diffstill.tracking import git_sha, stage_run, tracking_uri
 
 pytestmark = pytest.mark.xdist_group("chain")
 

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from diffstill import __version__
-from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, render_params
+from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, read_json, render_params
 from diffstill.errors import DiffstillError
 
 SUMMARIES = {
@@ -226,12 +226,23 @@ def _refuse_changed(output: Path, wanted: Params) -> None:
 
 
 @main.command()
-def doctor() -> None:
-    """Check this machine: versions, device, disk, endpoints. Prints no secret."""
-    from diffstill.doctor import examine
+@click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs that must be here, and compute.")
+@click.option("--disk", "disk_gib", type=click.FloatRange(min=0), default=0.0, help="GiB that must be free in the work, cache and temporary folders.")
+@click.option("--shared-memory", "shared_memory_gib", type=click.FloatRange(min=0), default=0.0, help="GiB that /dev/shm must have.")
+@click.option("--environment", multiple=True, metavar="NAME", help="Variable that must be set; its value is never shown. May be repeated.")
+@click.option("--store", metavar="S3-URI", help="Bucket and prefix that must take, give back and delete an object.")
+@click.option("--mlflow", is_flag=True, help="The MLflow server must answer and accept.")
+def doctor(**needed: Any) -> None:
+    """Check this machine: versions, device, disk, endpoints. Prints no secret.
+
+    With options, check that what they name is here, as a run on a cluster does before it starts.
+    """
+    from diffstill.doctor import Needs, examine, preflight
 
     if not examine():
         raise Refusal("something that diffstill needs is missing, see above")
+    if any(needed.values()):
+        preflight(read_json(json.dumps(needed), Needs))
 
 
 @main.command()

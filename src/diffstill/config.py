@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 from diffstill.protocols import PROTOCOLS, protocol
 
 
@@ -354,7 +354,9 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(
-                f"`{knob}` is {item['input']!r}: {message}" if knob and item["type"] != "value_error" else f"{knob}{': ' if knob else ''}{message}"
+                f"`{knob}` is {without_secrets(repr(item['input']))}: {message}"
+                if knob and item["type"] != "value_error"
+                else f"{knob}{': ' if knob else ''}{message}"
             )
     return "; ".join(lines)
 

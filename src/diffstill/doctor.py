@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffstill.artifacts import cache_folder, work_root
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 from diffstill.storage import probe
-from diffstill.tracking import check_tracking, without_secrets
+from diffstill.tracking import check_tracking
 
 NEEDED = ("torch", "torchvision", "diffusers", "timm", "safetensors", "pydantic", "scikit-learn", "mlflow")
 OPTIONAL = ("dvc", "kfp", "boto3")

@@ -1,5 +1,12 @@
-"""The one error that a user can cause: it names the value, the rule and the fix."""
+"""The one error that a user can cause: it names the value, the rule and the fix, and no secret."""
+
+import re
 
 
 class DiffstillError(ValueError):
     """Bad input at a boundary. The command line prints its message alone and exits with 2."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the credentials and queries of all URLs in it blotted out."""
+    return re.sub(r"\?[^\s'\"()]+", "?***", re.sub(r"//[^\s'\"()]*@", "//***@", text))

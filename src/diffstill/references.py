@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from diffstill import storage
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 from diffstill.record import Record, ignore
-from diffstill.tracking import without_secrets
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

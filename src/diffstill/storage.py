@@ -18,9 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 from diffstill.record import Record, ignore
-from diffstill.tracking import without_secrets
 
 FORM = "s3://<bucket>/<prefix>"
 BATCH = 1000

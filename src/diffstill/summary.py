@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from diffstill.artifacts import open_artifact, read_manifest
-from diffstill.tracking import OFF, tracking_uri, without_secrets
+from diffstill.errors import without_secrets
+from diffstill.tracking import OFF, tracking_uri
 
 SOURCES = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
 

@@ -85,7 +85,7 @@ def run_preflight(needs: str, params: str) -> None:
 @contextmanager
 def _one_message() -> Iterator[None]:
     """Progress to standard error; a user's error is one message and exit code 2, a bug keeps its traceback."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    logging.basicConfig(format="diffstill: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     logging.getLogger("diffstill").setLevel(logging.INFO)
     try:
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffstill.config import Params, Section
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,11 +29,6 @@ OFF = "none"
 def tracking_uri() -> str:
     """Where runs go: `MLFLOW_TRACKING_URI`, or an sqlite file in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the credentials and queries of all URLs in it blotted out."""
-    return re.sub(r"\?[^\s'\"()]+", "?***", re.sub(r"//[^\s'\"()]*@", "//***@", text))
 
 
 def git_sha() -> str:

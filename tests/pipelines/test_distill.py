@@ -127,11 +127,11 @@ def graph():
     return Graph((GOLDEN / "distill.yaml").read_text())
 
 
-KFP_ONLY = {"preflight", "importer", "pretrain: import", "encode: shard", "sample: shard", "sample-untuned: shard"}
+KFP_ONLY = {"preflight", "importer", "pretrain-import", "encode-shard", "sample-shard", "sample-untuned-shard"}
 
 
 def test_the_pipeline_has_the_steps_of_the_chain(graph):
-    steps = {re.sub(r"@(distilled|untuned)-.*", r": \1", step.name).partition("@")[0] for step in chain(preset("tiny"))}
+    steps = {re.sub(r"@(distilled|untuned)-.*", r"-\1", step.name).partition("@")[0] for step in chain(preset("tiny"))}
     assert set(graph.tasks) - KFP_ONLY == steps
 
 
@@ -139,7 +139,7 @@ def test_every_task_takes_the_section_of_its_stage(graph):
     for shown, task in graph.tasks.items():
         if shown in ("preflight", "importer"):
             continue
-        stage = re.split("[-:]", shown)[0]
+        stage = re.split("-", shown)[0]
         assert re.match(rf"exec-{stage}(-\d+)?$", task["executor"]), shown
         config = task["inputs"]["config"].rpartition("pipelinechannel--")[2]
         assert config == stage, shown
@@ -147,17 +147,17 @@ def test_every_task_takes_the_section_of_its_stage(graph):
 
 def test_artifacts_flow_as_in_the_chain(graph):
     """For each step of the chain: every input is what the step that writes that folder gives."""
-    makes = {"images": "prepare.images", "generator": "pretrain.generator or pretrain: import.generator", "latents": "encode.latents"}
+    makes = {"images": "prepare.images", "generator": "pretrain.generator or pretrain-import.generator", "latents": "encode.latents"}
     makes |= {"denoiser": "finetune.denoiser", "distilled": "sample.distilled", "untuned": "sample-untuned.distilled"}
     for step in chain(preset("tiny")):
-        shown = re.sub(r"@(distilled|untuned)-.*", r": \1", step.name).partition("@")[0]
+        shown = re.sub(r"@(distilled|untuned)-.*", r"-\1", step.name).partition("@")[0]
         given = {name: makes[where] for name, where in step.paths.items() if isinstance(where, str) and name != STAGES[step.stage].output}
         found = {name: source for name, source in graph.tasks[shown]["inputs"].items() if name in given}
         assert found == given, shown
     scores = {name: source for name, source in graph.tasks["report"]["inputs"].items() if name.endswith("_scores")}
     assert scores == {
-        "distilled_scores": "evaluate: distilled.scores",
-        "untuned_scores": "evaluate: untuned.scores",
+        "distilled_scores": "evaluate-distilled.scores",
+        "untuned_scores": "evaluate-untuned.scores",
         "real_scores": "evaluate-real.scores",
     }
 
@@ -169,7 +169,7 @@ def test_runs_in_mlflow_have_the_names_of_the_steps(graph):
     values = preset("tiny").plain() | {}
     values["evaluate"]["students"] = [STUDENT]
     names = {each.name for each in chain(Params.model_validate_json(json.dumps(values))) if each.stage == "evaluate" or each.name == "sample-untuned"}
-    assert {step(shown) for shown in ("evaluate-real", "evaluate: distilled", "evaluate: untuned", "sample-untuned")} == names
+    assert {step(shown) for shown in ("evaluate-real", "evaluate-distilled", "evaluate-untuned", "sample-untuned")} == names
 
 
 def test_loops_are_one_level_deep_and_hold_no_importer(graph):

@@ -1,5 +1,6 @@
 """The whole pipeline under Kubeflow's own local runner, in processes: loops, branches, gathering, cache, failure, retry."""
 
+import json
 import os
 import re
 import shutil
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from kfp.components import load_component_from_text
+from kfp_server import KfpServer
 
 from chains import contents
 from diffstill.artifacts import WorkFolder, open_artifact
 from diffstill.config import load_params, preset, render_params
 from diffstill.run import chain
+from pipelines.local import execute, processes
 
 pytestmark = [pytest.mark.xdist_group("pipeline"), pytest.mark.timeout(900)]
 
@@ -78,6 +82,10 @@ def two_shards(place):
 def test_two_shards_give_the_bytes_of_one_process(place, two_shards, chain_artifacts):
     assert contents(place.folder / "local" / "artifacts") == chain_artifacts
     assert "untuned generator" in two_shards, "the table at the end"
+    assert "Executing task" in two_shards
+    assert re.search(r"^diffstill: finetune done in", two_shards, re.MULTILINE), "what the tasks say"
+    assert "executorInput" not in two_shards, "but not what kfp says to itself"
+    assert "Got executor_input" in (place.folder / "local" / "run.log").read_text()
 
 
 def test_the_browser_gets_a_page_a_table_and_pictures(place, two_shards):
@@ -124,6 +132,33 @@ def test_all_stages_are_runs_under_one_parent_in_mlflow(place, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp_path, monkeypatch):
+    """The real pipeline, submitted over a real socket, read back from the bytes that arrived, and run with the arguments that arrived."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KFP_TOKEN", "a-token")
+    with KfpServer(token="a-token") as server:
+        images = {name: f"registry.example/diffstill@sha256:{'0' * 63}{digit}" for name, digit in (("cpu", 1), ("gpu", 2))}
+        (tmp_path / "images.lock").write_text(json.dumps(images))
+        values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
+        values["cluster"] |= {"host": server.url, "token_env": "KFP_TOKEN"}
+        values["infra"] |= {"secrets": {}, "config_maps": {}, "disk_gib": 0.1}
+        values["infra"]["resources"] = {name: {} for name in values["infra"]["resources"]}
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+        command = [sys.executable, "-m", "pipelines", "submit", "--params", "params.yaml", "--settings", str(tmp_path / "settings.yaml")]
+        command += ["--images-lock", str(tmp_path / "images.lock"), "--allow-dirty"]
+        environment = place.environment() | {"HOME": str(tmp_path), "KFP_TOKEN": "a-token"}
+        sent = subprocess.run(command, cwd=place.folder, env=environment, capture_output=True, text=True, check=False)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+        (received,), (run,) = server.packages.values(), server.runs.values()
+    pipeline = load_component_from_text(received.decode())
+    monkeypatch.setenv("DIFFSTILL_WORK", str(tmp_path / "work"))
+    outputs = execute(pipeline, run.runtime_config.parameters, tmp_path / "local", processes(), cache=False)
+    for name in ("images", "generator", "latents", "denoiser", "distilled", "untuned", "report"):
+        made = {f"{name}/{path}": digest for path, digest in contents(Path(outputs[name].path)).items()}
+        assert made == {path: digest for path, digest in chain_artifacts.items() if path.startswith(f"{name}/")}, name
+
+
+@pytest.mark.slow
 def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
     """The other branch: a DiTPipeline folder goes through kfp's importer."""
     values = yaml.safe_load(render_params(preset("tiny")))
@@ -151,6 +186,7 @@ def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artif
         wanted.write_text(before)
     told = done.stdout + done.stderr
     assert done.returncode == 2
+    assert "Traceback" not in told
     assert re.search(r"error: .*'eleven'", told), "what the task said"
     assert "error: the pipeline failed" in done.stderr, "and the last word"
     assert "status FAILURE" in told

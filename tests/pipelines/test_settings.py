@@ -58,6 +58,12 @@ def test_a_wrong_entry_is_named(tmp_path, path, value, message):
     assert "settings.yaml" in str(caught.value)
 
 
+def test_credentials_in_a_wrong_entry_are_not_shown(tmp_path):
+    with pytest.raises(DiffstillError, match=r"cluster\.host") as caught:
+        load_settings(changed(tmp_path, "cluster/host", "https://user:sentinel@kubeflow"))
+    assert "sentinel" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DiffstillError, match=r"none.yaml: no such file; copy pipelines/settings.yaml"):
         load_settings(tmp_path / "none.yaml")
