@@ -41,7 +41,8 @@ check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell src tests docs README.md CHANGELOG.md Makefile dvc.yaml
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/codespell src components pipelines docker tests docs README.md CHANGELOG.md Makefile dvc.yaml
 
 DOCKER ?= docker
 TARGETS ?= cpu
@@ -53,7 +54,7 @@ images:  ## container images; TARGETS="cpu gpu" builds both, BUILD_OPTIONS go to
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) . || exit; done
 	@$(DOCKER) image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' diffstill
 
-images-scan: setup  ## lint the Dockerfile
+images-scan: setup  ## lint the Dockerfile (`make check` does so too)
 	$(BIN)/hadolint docker/Dockerfile
 
 images-push: setup  ## push to REGISTRY=host/name and write docker/images.lock

@@ -63,6 +63,7 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
         params: str,
         needs: str,
         weights_uri: str = "",
+        data_version: str = "",
     ) -> Made:
         """Distil and judge.
 
@@ -80,10 +81,11 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
             params: The whole of params.yaml as JSON, for the record.
             needs: What the preflight checks, as JSON.
             weights_uri: A diffusers DiTPipeline folder to start from; empty = train from scratch.
+            data_version: What tells the data from other data at the same location; empty = the location does.
 
         """
         checked = place(check_needs(needs=needs, params=params), "preflight").set_caching_options(False)
-        images = place(prepare_images(config=prepare).after(checked), "prepare").outputs["images"]
+        images = place(prepare_images(config=prepare, data_version=data_version).after(checked), "prepare").outputs["images"]
 
         with dsl.ParallelFor(students) as student:  # before the long stages, so that a baseline that cannot be drawn is known early
             real = place(
@@ -133,7 +135,7 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
     return distill
 
 
-def arguments(params: Params, settings: Settings | None, shards: ShardsConfig) -> Mapping[str, str | list[str]]:
+def arguments(params: Params, settings: Settings | None, shards: ShardsConfig, data_version: str = "") -> Mapping[str, str | list[str]]:
     """The arguments of a run: one JSON text per section, because Kubeflow turns integers in mappings into floats.
 
     Raises `DiffstillError` on what a pipeline cannot do. Without `settings` the preflight needs nothing.
@@ -153,6 +155,7 @@ def arguments(params: Params, settings: Settings | None, shards: ShardsConfig) -
         "params": params.canonical(),
         "needs": json.dumps(_needs(settings.infra) if settings else {}, sort_keys=True),
         "weights_uri": (params.pretrain.location or "") if params.pretrain.source == "folder" else "",
+        "data_version": data_version,
     }
 
 

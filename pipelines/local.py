@@ -48,7 +48,7 @@ def processes() -> Executor:
 
 def containers(image: str | None = None, user: str | None = None) -> Executor:
     """Tasks as containers of the Docker engine that `DOCKER_HOST` names, as strict as a cluster can be: no network, no rights, a read-only root file system."""
-    scratch = {"/tmp": ""}  # noqa: S108  (inside the container)
+    scratch = {"/tmp": "exec"}  # noqa: S108  (inside the container; Triton loads there what it compiles)
     limits = {"network_mode": "none", "read_only": True, "tmpfs": scratch, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
     name = image or TAGGED.cpu
     try:

@@ -1,13 +1,16 @@
 """What is sent to a cluster, made and checked here before the first byte goes out."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
 from components.images import Images
+from diffstill import references
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.tracking import git_sha
@@ -16,6 +19,8 @@ from pipelines.connection import find_host
 from pipelines.distill import arguments
 from pipelines.package import write_package
 from pipelines.settings import Settings
+
+log = logging.getLogger("diffstill")
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,13 @@ class Submission:
 def prepare(params: Params, settings: Settings, images: Images, *, name: str | None, caching: bool, allow_unpushed: bool) -> Submission:
     """Raises `DiffstillError` on parameters that no cluster can run, and on data that its pods could not get."""
     found = pinned(params, allow_unpushed=allow_unpushed)
-    given = arguments(found, settings, settings.shards)
+    given = arguments(found, settings, settings.shards, data_version(found))
     title = name or f"{params.prepare.source} ipc{params.sample.images_per_class} {git_sha()[:8]}"
     return Submission(title, settings, images, given, caching and images.by_digest)
 
 
 def pinned(params: Params, *, allow_unpushed: bool) -> Params:
     """The parameters with data in a DVC repository named by commit and md5, so that the cache of the cluster knows it by content."""
-    from diffstill import references
-
     location = params.prepare.location
     if location is None:
         return params
@@ -74,6 +77,18 @@ def pinned(params: Params, *, allow_unpushed: bool) -> Params:
     if not allow_unpushed:
         references.refuse_unpushed(found)
     return params.model_copy(update={"prepare": params.prepare.model_copy(update={"location": str(found)})})
+
+
+def data_version(params: Params) -> str:
+    """What tells the data below an S3 prefix from other data there; where this machine cannot list it, a new name each time, so that it is read anew."""
+    reference = references.parse(params.prepare.location or "")
+    if not isinstance(reference, references.S3Reference):
+        return ""
+    try:
+        return references.listing_digest(reference)
+    except DiffstillError as error:
+        log.warning("cannot list the data from here, so that the cluster will read it anew: %s", error)
+        return uuid4().hex
 
 
 def refuse_dirty() -> None:

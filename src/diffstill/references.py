@@ -101,6 +101,11 @@ def refuse_unpushed(reference: DvcReference) -> None:
         )
 
 
+def listing_digest(reference: S3Reference) -> str:
+    """SHA-256 of names, sizes and ETags below the prefix: another one for other data. Raises `DiffstillError` if the store cannot be listed."""
+    return _objects_digest(storage.listing(reference.uri))
+
+
 def fetch(reference: Reference, cache: Path, record: Record = ignore) -> Fetched:
     """The data in a folder below `cache` that is named after its content, downloaded unless it is there; verified in either case.
 
@@ -112,9 +117,13 @@ def fetch(reference: Reference, cache: Path, record: Record = ignore) -> Fetched
 # --- S3 ----------------------------------------------------------------------------------------------------------
 
 
+def _objects_digest(objects: list[storage.Object]) -> str:
+    return hashlib.sha256(json.dumps([[item.name, item.size, item.etag] for item in objects]).encode()).hexdigest()
+
+
 def _fetch_s3(reference: S3Reference, cache: Path, record: Record) -> Fetched:
     objects = storage.listing(reference.uri)
-    digest = hashlib.sha256(json.dumps([[item.name, item.size, item.etag] for item in objects]).encode()).hexdigest()
+    digest = _objects_digest(objects)
     folder = cache / "s3" / digest
     storage.appear(folder, lambda arriving: storage.transfer(reference.uri, objects, arriving, record))
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}

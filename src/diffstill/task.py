@@ -22,6 +22,8 @@ from diffstill.run import STAGES, resolve_device, run_stage
 from diffstill.summary import markdown
 from diffstill.tracking import open_chain
 
+log = logging.getLogger("diffstill")
+
 
 class Artifact(Protocol):
     """A file or folder that Kubeflow has brought here, or will fetch from here."""
@@ -46,6 +48,7 @@ def run_task(
     *,
     metrics: Metrics,
     step: str = "",
+    data_version: str = "",
     sheet: Artifact | None = None,
     page: Artifact | None = None,
     summary: Artifact | None = None,
@@ -54,9 +57,12 @@ def run_task(
     """Run a stage with its section of the parameters as JSON, and its artifacts and options by the names of its signature.
 
     Numbers go to `metrics`; pictures, the page and the table, where asked for, to files that Kubeflow's pages show.
-    Bad input ends the process with one message and exit code 2.
+    `data_version` is there for Kubeflow's cache, which knows a task by what it is given. Bad input ends the process with
+    one message and exit code 2.
     """
     with _one_message():
+        if data_version:
+            log.info("data version %s", data_version)
         section = read_json(config, type(Params.model_fields[stage].default))
         options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
         paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -425,6 +426,27 @@ def test_a_run_is_fetched_as_the_chain_lays_it_out(project, outputs, made, run_i
     assert contents(project / "artifacts") == expected
     assert "fetched artifacts/report" in done.stdout
     assert on("fetch", run_id, "--output", "artifacts", "--only", "report").stdout == "artifacts is up to date\n"
+
+
+def test_data_in_a_bucket_has_a_version_that_changes_with_it(project, server, bucket, monkeypatch):
+    """The cache of the cluster knows a task by its arguments: other data below the same prefix must be another argument."""
+
+    def version():
+        return json.loads(submit("--dry-run").stdout)["arguments"]["data_version"]
+
+    locate(project, "s3://bucket/data")
+    bucket.put_object(Key="data/train/a/1.png", Body=b"one")
+    first = version()
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert version() == first
+    bucket.put_object(Key="data/train/a/1.png", Body=b"two")
+    assert version() != first
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    done = submit("--dry-run")
+    assert "cannot list the data from here" in done.stderr
+    assert json.loads(done.stdout)["arguments"]["data_version"] != version(), "read anew each time"
+    assert server.requests == []
 
 
 def test_some_artifacts_can_be_fetched(project, outputs, run_id):

@@ -43,7 +43,7 @@ def test_a_component_has_the_interface_of_its_stage(name):
     )
     assert {item for item in artifacts if spec.inputs[item].optional} == artifacts - set(stage.inputs) - many
     texts = {item for item, each in spec.inputs.items() if each.type == "String"}
-    assert texts - {"step"} == {"config", *stage.options} | ({"shard"} if stage.sharded else set())
+    assert texts - {"step", "data_version"} == {"config", *stage.options} | ({"shard"} if stage.sharded else set())
     assert spec.outputs["metrics"].type.startswith("system.Metrics")
     assert set(spec.outputs) - {"metrics", "sheet", "page", "summary"} == {stage.output}
 
@@ -194,7 +194,7 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert Params.model_validate_json(given["params"]) == params
     assert given["students"] == ["convnet-3"]
     assert (given["encode_shards"], given["sample_shards"]) == (["0/2", "1/2"], ["0/3", "1/3", "2/3"])
-    assert given["weights_uri"] == ""
+    assert (given["weights_uri"], given["data_version"]) == ("", "")
     needs = json.loads(given["needs"])
     assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
     assert "AWS_SECRET_ACCESS_KEY" in needs["environment"]

@@ -24,6 +24,8 @@ from pipelines.local import execute, processes
 pytestmark = [pytest.mark.xdist_group("pipeline"), pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
+APART = pytest.mark.xdist_group("pipeline apart")
+"""For tests that can do without the first run: another process has time for them."""
 
 
 @dataclass(frozen=True)
@@ -115,23 +117,7 @@ def test_another_number_of_shards_gives_the_same_bytes(place, two_shards, chain_
 
 
 @pytest.mark.slow
-def test_all_stages_are_runs_under_one_parent_in_mlflow(place, tmp_path):
-    from mlflow import MlflowClient
-
-    shutil.copy(place.folder / "params.yaml", tmp_path)
-    other = Place(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert other.run("--shards", "1").returncode == 0
-    client = MlflowClient(other.tracking)
-    runs = client.search_runs([client.get_experiment_by_name("diffstill").experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert len(parents) == 1
-    assert parents[0].info.status == "FINISHED"
-    assert parents[0].data.metrics
-    names = {run.info.run_name for run in runs} - {parents[0].info.run_name}
-    assert names == {step.name for step in chain(preset("tiny"))}
-
-
-@pytest.mark.slow
+@APART
 def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp_path, monkeypatch):
     """The real pipeline, submitted over a real socket, read back from the bytes that arrived, and run with the arguments that arrived."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -194,13 +180,15 @@ def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artif
 
 
 @pytest.mark.slow
-def test_a_retry_succeeds(place, two_shards, chain_artifacts, tmp_path):
-    """Fine-tuning finds its work folder taken; when that is released, the second try gets through."""
-    params = load_params(place.folder / "params.yaml")
-    made = place.folder / "local" / "artifacts"
+@APART
+def test_a_retry_succeeds(place, chain_artifacts, tmp_path):
+    """Fine-tuning finds its work folder taken; when that is released, the second try gets through. MLflow has seen all of it."""
+    from mlflow import MlflowClient
+
+    params, made = load_params(place.folder / "params.yaml"), place.folder / "chain" / "artifacts"
     inputs = {"latents": open_artifact(made / "latents", "latents"), "generator": open_artifact(made / "generator", "generator")}
-    other = Place(tmp_path)
     shutil.copy(place.folder / "params.yaml", tmp_path)
+    other = Place(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.MonkeyPatch.context() as world:
         world.setenv("DIFFSTILL_WORK", str(tmp_path / "work"))
         lock = WorkFolder("finetune", params.finetune, inputs).folder.with_suffix(".lock")
@@ -220,3 +208,12 @@ def test_a_retry_succeeds(place, two_shards, chain_artifacts, tmp_path):
     assert "another diffstill is at work on this very step" in text
     assert process.returncode == 0, text[-6000:]
     assert contents(tmp_path / "local" / "artifacts") == chain_artifacts
+
+    client = MlflowClient(other.tracking)
+    runs = client.search_runs([client.get_experiment_by_name("diffstill").experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics, "the numbers of the report"
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} == {step.name for step in chain(preset("tiny"))}
+    assert sorted(run.info.status for run in children if run.info.run_name == "finetune") == ["FAILED", "FINISHED"]
