@@ -31,10 +31,10 @@ lock: setup  ## run the chain under DVC, in build/lock, and make its dvc.lock th
 	cp build/lock/dvc.lock dvc.lock
 
 test: setup  ## all tests that need no service of their own
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## the tests that take minutes each
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

@@ -305,7 +305,7 @@ def create_schedule(order: "Submission", package: Path, cron: str | None, every:
     when = cron or every
     if when is None or (cron and every):
         raise DiffstillError("give either --cron or --every; one of them says when the runs start")
-    made = _reached(order.settings).schedule(package, order.arguments, order.name, when, order.settings.infra.service_account)
+    made = _reached(order.settings).schedule(package, order.repeating().arguments, order.name, when, order.settings.infra.service_account)
     click.echo(f"schedule  {made}")
 
 

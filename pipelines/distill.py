@@ -44,9 +44,9 @@ class Made(NamedTuple):
     report: dsl.Artifact
 
 
-def build(infra: InfraConfig, images: Images) -> BaseComponent:
-    """The pipeline, each task placed as `infra` says, in `images`."""
-    place = Placement(infra, images)
+def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseComponent:
+    """The pipeline, each task placed as `infra` says, in `images`; without `caching` every task runs anew each time."""
+    place = Placement(infra, images, caching)
 
     @dsl.pipeline(name=NAME, display_name="diffstill: distil and judge", description=DESCRIPTION)
     def distill(
@@ -84,7 +84,7 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
             data_version: What tells the data from other data at the same location; empty = the location does.
 
         """
-        checked = place(check_needs(needs=needs, params=params), "preflight").set_caching_options(False)
+        checked = place(check_needs(needs=needs, params=params), "preflight")
         images = place(prepare_images(config=prepare, data_version=data_version).after(checked), "prepare").outputs["images"]
 
         with dsl.ParallelFor(students) as student:  # before the long stages, so that a baseline that cannot be drawn is known early
@@ -95,7 +95,7 @@ def build(infra: InfraConfig, images: Images) -> BaseComponent:
         with dsl.If(weights_uri == "", name="train"):
             trained = place(make_generator(config=pretrain, images=images), "pretrain")
         with dsl.Else(name="import"):
-            weights = dsl.importer(artifact_uri=weights_uri, artifact_class=dsl.Model, reimport=False)
+            weights = dsl.importer(artifact_uri=weights_uri, artifact_class=dsl.Model, reimport=True).set_caching_options(False)
             imported = place(make_generator(config=pretrain, images=images, weights=weights.output), "pretrain", "pretrain-import")
         generator = dsl.OneOf(trained.outputs["generator"], imported.outputs["generator"])
 
@@ -153,21 +153,21 @@ def arguments(params: Params, settings: Settings | None, shards: ShardsConfig, d
         "encode_shards": [f"{index}/{shards.encode}" for index in range(shards.encode)],
         "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
         "params": params.canonical(),
-        "needs": json.dumps(_needs(settings.infra) if settings else {}, sort_keys=True),
+        "needs": json.dumps(_needs(settings) if settings else {}, sort_keys=True),
         "weights_uri": (params.pretrain.location or "") if params.pretrain.source == "folder" else "",
         "data_version": data_version,
     }
 
 
-def _needs(infra: InfraConfig) -> dict[str, object]:
-    """What the preflight must find: everything that the pods of this run are promised."""
-    variables = [variable for source in (infra.secrets, infra.config_maps) for keys in source.values() for variable in keys.values()]
-    memory = [infra.resources[task].shared_memory for task in infra.on_gpu]
+def _needs(settings: Settings) -> dict[str, object]:
+    """What the preflight must find: what its own pod is promised, which is that of fine-tuning, and the services of all pods."""
+    infra, resources = settings.infra, settings.infra.resources["finetune"]
+    root = settings.cluster.pipeline_root or ""
     return {
-        "gpus": max(resources.gpus for resources in infra.resources.values()),
+        "gpus": resources.gpus,
         "disk_gib": infra.disk_gib,
-        "shared_memory_gib": max((float(parse_quantity(size) / 2**30) for size in memory if size), default=0.0),
-        "environment": sorted(variables),
-        "store": infra.store,
-        "mlflow": "MLFLOW_TRACKING_URI" in variables,
+        "shared_memory_gib": float(parse_quantity(resources.shared_memory) / 2**30) if resources.shared_memory else 0.0,
+        "environment": sorted(infra.variables),
+        "store": infra.store or (root if root.startswith("s3://") else None),
+        "mlflow": "MLFLOW_TRACKING_URI" in infra.variables,
     }

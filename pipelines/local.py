@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
 from kfp import local
 from kfp.dsl.base_component import BaseComponent
 from kfp.local import docker_task_handler
@@ -41,7 +42,7 @@ class Executor:
 
 def processes() -> Executor:
     """Tasks as processes of this very Python."""
-    sources = sorted(Path(diffstill.__file__).parent.rglob("*.py"))
+    sources = sorted(path for path in Path(diffstill.__file__).parent.rglob("*") if path.is_file() and path.suffix != ".pyc")
     code = hashlib.sha256("".join(map(file_digest, sources)).encode()).hexdigest()
     return Executor(local.SubprocessRunner(use_venv=False), f"diffstill:{code}")
 
@@ -78,10 +79,21 @@ def run_local(
     for name in _places(params):
         refuse_foreign(folder / "artifacts" / name)
     images = Images(executor.image, executor.image)
-    pipeline, given = build(_retrying(settings.infra, retries), images), arguments(params, None, shards)
-    with _environment(DIFFSTILL_CHAIN=chain_name(params)):
+    pipeline, given = build(_at_hand(settings.infra, retries), images), arguments(params, None, shards, _data_version(params))
+    with _environment(DIFFSTILL_CHAIN=chain_name(params)), _alone(folder):
         outputs = execute(pipeline, given, folder, executor, cache=cache)
-    return _lay_out(outputs, params, folder / "artifacts")
+        return _lay_out(outputs, params, folder / "artifacts")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. Raises `DiffstillError` if one is at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise DiffstillError(f"{folder}: another run is at work there; wait until it has finished, or choose another --output") from error
 
 
 def execute(pipeline: BaseComponent, given: Mapping[str, Any], folder: Path, executor: Executor, *, cache: bool) -> Mapping[str, Any]:
@@ -119,9 +131,16 @@ class _Told(io.TextIOBase):
         return len(text)
 
 
-def _retrying(infra: InfraConfig, retries: int) -> InfraConfig:
-    """Every task tried again that often, after a second: a person is waiting."""
-    resources = {name: each.model_copy(update={"retries": retries, "retry_seconds": 1}) for name, each in infra.resources.items()}
+def _data_version(params: Params) -> str:
+    """Names, sizes and times of the files where `location` points, so that the cache does not take new files for the old ones."""
+    folders = [Path(location) for location in (params.prepare.location, params.pretrain.location) if location and Path(location).is_dir()]
+    found = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""
+
+
+def _at_hand(infra: InfraConfig, retries: int) -> InfraConfig:
+    """Every task tried again that often, after a second: a person is waiting. On the device that is here."""
+    resources = {name: each.model_copy(update={"gpus": 0, "retries": retries, "retry_seconds": 1}) for name, each in infra.resources.items()}
     return infra.model_copy(update={"resources": resources})
 
 

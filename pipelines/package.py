@@ -11,17 +11,17 @@ from pipelines.distill import NAME, build
 from pipelines.settings import Settings
 
 
-def write_package(settings: Settings, images: Images, path: Path, *, kubernetes: bool = False) -> None:
+def write_package(settings: Settings, images: Images, path: Path, *, kubernetes: bool = False, caching: bool = True) -> None:
     """Write the intermediate representation, or with `kubernetes` the manifests of a Pipeline and its version; whole or not at all.
 
-    Equal settings, images and code give equal bytes for one version of kfp.
+    Images by tag are never cached: the cache of a cluster cannot tell when a tag has moved. Equal settings, images and code give equal bytes for one version of kfp.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.{path.stem}.yaml")
     options = KubernetesManifestOptions(pipeline_name=NAME, namespace=settings.cluster.namespace, include_pipeline_manifest=True)
     try:
         compiler.Compiler().compile(
-            build(settings.infra, images),
+            build(settings.infra, images, caching=caching and images.by_digest),
             str(partial),
             kubernetes_manifest_format=kubernetes,
             kubernetes_manifest_options=options if kubernetes else None,

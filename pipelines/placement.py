@@ -22,6 +22,7 @@ class Placement:
 
     infra: InfraConfig
     images: Images
+    caching: bool = True
 
     def __call__(self, task: PipelineTask, name: str, shown: str | None = None) -> PipelineTask:
         """Give `task` the image, resources and secrets of the task `name`; the preflight stands where fine-tuning will.
@@ -29,6 +30,7 @@ class Placement:
         `shown` is its name in the graph, where that is not `name`.
         """
         task.set_display_name(shown or name)
+        task.set_caching_options(self.caching and name != "preflight")
         resources = self.infra.resources["finetune" if name == "preflight" else name]
         task.set_container_image(self.images.gpu if resources.gpus else self.images.cpu)
         _amounts(task, resources)
@@ -36,7 +38,7 @@ class Placement:
         if resources.gpus and self.infra.queue:
             kubernetes.add_pod_label(task, QUEUE_LABEL, self.infra.queue)
         self._identity(task)
-        self._environment(task)
+        self._environment(task, resources)
         if resources.timeout_minutes:
             kubernetes.set_timeout(task, 60 * resources.timeout_minutes)
         if resources.retries and name != "preflight":
@@ -49,12 +51,14 @@ class Placement:
         if self.infra.image_pull_secrets:
             kubernetes.set_image_pull_secrets(task, list(self.infra.image_pull_secrets))
 
-    def _environment(self, task: PipelineTask) -> None:
-        """Secrets and addresses by name, the id of the run, and the volume for checkpoints."""
+    def _environment(self, task: PipelineTask, resources: Resources) -> None:
+        """The device, so that a GPU that is missing is an error and not a day on the CPU; secrets and addresses by name, the id of the run, and the volume for checkpoints."""
         for secret, keys in self.infra.secrets.items():
             kubernetes.use_secret_as_env(task, secret, _plain(keys))
         for config_map, keys in self.infra.config_maps.items():
             kubernetes.use_config_map_as_env(task, config_map, _plain(keys))
+        if resources.gpus:
+            task.set_env_variable("DIFFSTILL_DEVICE", "cuda")
         kubernetes.use_field_path_as_env(task, "DIFFSTILL_CHAIN", RUN_LABEL)
         if self.infra.work_claim:
             kubernetes.mount_pvc(task, self.infra.work_claim, WORK)

@@ -50,6 +50,7 @@ def readmes(infra: InfraConfig) -> dict[Path, str]:
 
 def _readme(name: str, infra: InfraConfig) -> str:
     component = getattr(importlib.import_module(f"components.{name}.component"), name)
+    resources = infra.resources["finetune" if name == "preflight" else name]
     spec, texts = component.component_spec, _argument_texts(component.python_func)
     template = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701  (Markdown, our own words)
     return template.render(
@@ -57,8 +58,8 @@ def _readme(name: str, infra: InfraConfig) -> str:
         purpose=str(inspect.getdoc(component.python_func)).split("\n\n")[0],
         inputs=[_item(item, spec.inputs[item], texts) for item in sorted(spec.inputs or {}, key=list(texts).index)],
         outputs=[_item(item, spec.outputs[item], texts) for item in sorted(spec.outputs or {}, key=list(texts).index)],
-        resources=_resources(infra.resources["finetune" if name == "preflight" else name]),
-        command=_command(name),
+        resources=_resources(resources),
+        command=_command(name, resources),
     )
 
 
@@ -78,15 +79,13 @@ def _resources(resources: Resources) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items() if value) + f"; up to {resources.retries} retries"
 
 
-def _command(name: str) -> str:
+def _command(name: str, resources: Resources) -> str:
     """The stage's own command, in its image; paths lie in the current folder."""
     from diffstill.run import STAGES
 
     if name == "preflight":
-        inside = "diffstill doctor --gpus 1 --shared-memory 8 --environment AWS_ACCESS_KEY_ID --mlflow"
-    else:
-        stage = STAGES[name]
-        inside = " ".join(
-            [f"diffstill {name}", *(f"--{given} artifacts/{given}" for given in (*stage.inputs, *stage.optional, *stage.many, stage.output))]
-        )
-    return f'docker run --rm --user "$(id -u)" --volume "$PWD:/data" --workdir /data diffstill:cpu \\\n  {inside}'
+        return "docker run --rm diffstill:cpu diffstill doctor --disk 1 --environment HOME"
+    stage = STAGES[name]
+    paths = [f"--{given} artifacts/{given}" for given in (*stage.inputs, *stage.optional, *stage.many, stage.output)]
+    image = "--gpus all diffstill:gpu" if resources.gpus else "diffstill:cpu"
+    return f'docker run --rm --user "$(id -u)" --volume "$PWD:/data" --workdir /data {image} \\\n  diffstill {name} {" ".join(paths)}'

@@ -5,6 +5,7 @@ No secret value stands here: only names of Kubernetes secrets and of environment
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -18,9 +19,11 @@ MAX_ITERATIONS = 30
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 """The name of a Kubernetes object."""
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
+"""The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 """An amount as Kubernetes writes it, like 500m or 64Gi."""
+RESERVED = ("PATH", "HOME", "PYTHONPATH", "DIFFSTILL_CHAIN", "DIFFSTILL_DEVICE", "DIFFSTILL_WORK")
 Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
 
 
@@ -48,12 +51,18 @@ class Toleration(Section):
     value: str | None = Field(None, description="value of the taint, with operator Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="effect of the taint; null = all")
 
+    @model_validator(mode="after")
+    def _as_kubernetes_wants_it(self) -> Self:
+        if (self.operator == "Equal") != (self.value is not None) or (self.operator == "Equal" and self.key is None):
+            raise ValueError("`operator: Equal` goes with a `key` and a `value`, `operator: Exists` without a `value`; mend the toleration")
+        return self
+
 
 class Resources(Section):
     """What the pod of one task gets."""
 
     gpus: Annotated[int, Field(ge=0, le=16)] = Field(0, description="number of GPUs; with any, the task runs in the gpu image")
-    gpu_type: str = Field("nvidia.com/gpu", description="resource name of the GPU")
+    gpu_type: Annotated[str, Field(min_length=1)] = Field("nvidia.com/gpu", description="resource name of the GPU")
     cpu: Quantity | None = Field(None, description="CPU request and limit; null = the namespace's default")
     memory: Quantity | None = Field(None, description="memory request and limit; null = the namespace's default")
     shared_memory: Quantity | None = Field(None, description="size of /dev/shm; null = the container runtime's 64 MiB")
@@ -98,10 +107,22 @@ class InfraConfig(Section):
             raise ValueError(f"`infra.resources` {' and '.join(said)}; give one entry for each of {', '.join(self.TASKS)}")
         return self
 
+    @model_validator(mode="after")
+    def _can_start(self) -> Self:
+        if self.run_as_non_root and self.run_as_user == 0:
+            raise ValueError("`infra.run_as_user` 0 is root, which `infra.run_as_non_root` forbids; change one of them")
+        times = Counter(self.variables)
+        wrong = [name for name in times if times[name] > 1 or name in RESERVED]
+        if wrong:
+            raise ValueError(
+                f"variable {wrong[0]} is given twice, or is one that a task needs for itself; give each of `infra.secrets` and `infra.config_maps` another"
+            )
+        return self
+
     @property
-    def on_gpu(self) -> tuple[str, ...]:
-        """The tasks that run on a GPU."""
-        return tuple(task for task in self.TASKS if self.resources[task].gpus)
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that pods get from secrets and config maps."""
+        return tuple(variable for source in (self.secrets, self.config_maps) for keys in source.values() for variable in keys.values())
 
 
 class ShardsConfig(Section):

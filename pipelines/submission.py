@@ -2,12 +2,10 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
-
-import yaml
 
 from components.images import Images
 from diffstill import references
@@ -21,6 +19,8 @@ from pipelines.package import write_package
 from pipelines.settings import Settings
 
 log = logging.getLogger("diffstill")
+SCHEDULED_TIME = "[[ScheduledTime]]"
+"""Kubeflow puts the time of a recurring run in its place."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Submission:
     """A run as it is asked for."""
 
     name: str
+    asked: Params
     settings: Settings
     images: Images
     arguments: Arguments
@@ -35,9 +36,14 @@ class Submission:
 
     def write(self, package: Path) -> None:
         """Compile the package that is uploaded."""
-        write_package(self.settings, self.images, package)
-        if not self.caching:
-            without_caching(package)
+        write_package(self.settings, self.images, package, caching=self.caching)
+
+    def repeating(self) -> Self:
+        """For a schedule: each run takes the data as they are then, and its time keeps it from being served from the cache."""
+        if not self.asked.prepare.location:
+            return self
+        unpinned = {"prepare": self.asked.prepare.canonical(), "params": self.asked.canonical(), "data_version": SCHEDULED_TIME}
+        return replace(self, arguments={**self.arguments, **unpinned})
 
     def told(self) -> dict[str, Any]:
         """All that would be sent beside the package, in plain values."""
@@ -54,10 +60,11 @@ class Submission:
 
 def prepare(params: Params, settings: Settings, images: Images, *, name: str | None, caching: bool, allow_unpushed: bool) -> Submission:
     """Raises `DiffstillError` on parameters that no cluster can run, and on data that its pods could not get."""
+    _refuse_weights(params)
     found = pinned(params, allow_unpushed=allow_unpushed)
     given = arguments(found, settings, settings.shards, data_version(found))
     title = name or f"{params.prepare.source} ipc{params.sample.images_per_class} {git_sha()[:8]}"
-    return Submission(title, settings, images, given, caching and images.by_digest)
+    return Submission(title, params, settings, images, given, caching and images.by_digest)
 
 
 def pinned(params: Params, *, allow_unpushed: bool) -> Params:
@@ -73,19 +80,28 @@ def pinned(params: Params, *, allow_unpushed: bool) -> Params:
         )
     if not isinstance(reference, references.DvcReference):
         return params
+    if "://" not in reference.repository:
+        log.warning("the repository %s is a path: every pod must see it there", reference.repository)
     found = references.pin(reference)
     if not allow_unpushed:
         references.refuse_unpushed(found)
     return params.model_copy(update={"prepare": params.prepare.model_copy(update={"location": str(found)})})
 
 
+def _refuse_weights(params: Params) -> None:
+    """Weights reach a cluster by its importer, which reads object stores and nothing else."""
+    location = params.pretrain.location
+    if location and not location.startswith(("s3://", "gs://", "minio://")):
+        raise DiffstillError(
+            f"`pretrain.location` {location!r} is not in an object store, where a cluster could import it from; upload the folder and name it as s3://<bucket>/<prefix>"
+        )
+
+
 def data_version(params: Params) -> str:
-    """What tells the data below an S3 prefix from other data there; where this machine cannot list it, a new name each time, so that it is read anew."""
-    reference = references.parse(params.prepare.location or "")
-    if not isinstance(reference, references.S3Reference):
-        return ""
+    """What tells data and weights below S3 prefixes from others there; where this machine cannot list them, a new name each time, so that they are read anew."""
+    named = [references.parse(location) for location in (params.prepare.location, params.pretrain.location) if location]
     try:
-        return references.listing_digest(reference)
+        return "-".join(references.listing_digest(reference) for reference in named if isinstance(reference, references.S3Reference))
     except DiffstillError as error:
         log.warning("cannot list the data from here, so that the cluster will read it anew: %s", error)
         return uuid4().hex
@@ -100,16 +116,6 @@ def refuse_dirty() -> None:
         raise DiffstillError(
             f"files differ from commit {sha[:8]}, so that the run could not be traced to its code; commit them, or use --allow-dirty"
         )
-
-
-def without_caching(package: Path) -> None:
-    """Rewrite a package so that no task is served from the cache; of an uploaded version kfp cannot ask that for a single run."""
-    spec, *platforms = yaml.safe_load_all(package.read_text(encoding="utf-8"))
-    for component in (spec["root"], *spec["components"].values()):
-        for task in component.get("dag", {}).get("tasks", {}).values():
-            if "cachingOptions" in task:
-                task["cachingOptions"] = {}
-    package.write_text(yaml.safe_dump_all([spec, *platforms]), encoding="utf-8")
 
 
 def _opened(value: str | list[str]) -> Any:

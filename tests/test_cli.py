@@ -19,8 +19,6 @@ from diffstill.cli import main
 from diffstill.config import PRESETS, Params, json_schema, load_params, preset, render_params
 from diffstill.run import STAGES
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 IMAGES, GENERATOR, DISTILLED = ("--images", "artifacts/images"), ("--generator", "artifacts/generator"), ("--distilled", "artifacts/distilled")
 REAL = ("--scores", "artifacts/scores/real-convnet-2")
 

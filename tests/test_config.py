@@ -229,3 +229,24 @@ def test_the_schema_refuses_what_the_package_refuses(wrong, tmp_path):
     assert len(list(faults(wrong, schema, schema))) == 1
     with pytest.raises(DiffstillError):
         load(tmp_path, json.dumps(wrong))
+
+
+@pytest.mark.parametrize("section", ["prepare", "pretrain"])
+@pytest.mark.parametrize(
+    "location", ["https://user:sentinel@host/data", "https://host/data?token=sentinel", "s3://user:sentinel@bucket/x", "https://sentinel@host/x"]
+)
+def test_a_location_holds_no_credentials(tmp_path, section, location):
+    """It would be sent to clusters, logged and kept in manifests."""
+    (tmp_path / "params.yaml").write_text(f"{section}: {{source: folder, location: '{location}'}}\n")
+    with pytest.raises(DiffstillError, match=f"{section}.location: holds credentials or a query") as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "sentinel" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["data", "s3://bucket/a", "https://host/data", "dvc+https://host/r.git?rev=main&path=a", "dvc+ssh://git@host/r.git?rev=main&path=a", "a@b?c"],
+)
+def test_other_locations_are_taken(tmp_path, location):
+    (tmp_path / "params.yaml").write_text(f"prepare: {{source: folder, location: '{location}'}}\n")
+    assert load_params(tmp_path / "params.yaml").prepare.location == location

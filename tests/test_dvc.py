@@ -14,7 +14,7 @@ from chains import contents
 from diffstill.config import load_params, preset, render_params
 from diffstill.run import chain
 
-pytestmark = [pytest.mark.xdist_group("dvc"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[1]
 STEPS = [step.name for step in chain(preset("tiny"))]

@@ -25,8 +25,6 @@ from diffstill.references import DvcReference, S3Reference, fetch, parse, pin, r
 from diffstill.run import run_stage
 from servers import SECRET, free_port, s3, s3_environment
 
-pytestmark = pytest.mark.xdist_group("dvc")
-
 FILES = {f"train/{label}/{number}.txt": f"{label}{number}" for label in "ab" for number in range(3)}
 ENVIRONMENT = {
     "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -418,9 +416,7 @@ def test_a_killed_fetch_leaves_nothing_and_the_next_one_succeeds(pushed, tmp_pat
     code = """
         import sys
         from pathlib import Path
-        from diffstill.artifacts import cache_folder, open_artifact
-from diffstill.config import PrepareConfig
-from diffstill.references import fetch, parse
+        from diffstill.references import fetch, parse
         from test_references import Killing
         fetch(parse(sys.argv[1]), Path(sys.argv[2]), Killing())
     """

@@ -22,8 +22,6 @@ from diffstill.run import STAGES, _is_current, _Listener, chain, run_chain, run_
 DISTILLED = {"sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"}
 """What depends on how images are sampled: not the real baselines."""
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 @pytest.fixture
 def copy(tiny_chain, tmp_path, monkeypatch, caplog) -> Chain:

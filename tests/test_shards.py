@@ -17,8 +17,6 @@ from diffstill.stages.encode import encode
 from diffstill.stages.finetune import finetune
 from diffstill.stages.sample import sample
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 @given(st.integers(1, 40), st.integers(0, 100))
 def test_every_piece_is_made_by_exactly_one_shard(count: int, pieces: int) -> None:

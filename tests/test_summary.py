@@ -9,8 +9,6 @@ from chains import contents
 from diffstill.errors import DiffstillError
 from diffstill.summary import print_summary
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def test_the_table_shows_the_numbers_of_the_report(tiny_chain, capsys):
     print_summary(tiny_chain.artifacts)

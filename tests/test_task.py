@@ -11,8 +11,6 @@ from chains import contents
 from diffstill.config import preset
 from diffstill.task import run_preflight, run_task
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 @dataclass
 class Handed:
@@ -81,6 +79,18 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, capsys, config, mess
     assert message in told
     assert told.count("error: ") == 1
     assert not (tmp_path / "images").exists()
+
+
+def test_a_gpu_that_is_missing_is_an_error_and_not_a_day_on_the_cpu(tiny_chain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFSTILL_DEVICE", "cuda:7")
+    with pytest.raises(SystemExit):
+        run_task(
+            "encode",
+            tiny_chain.params.encode.canonical(),
+            **handed(tiny_chain.artifacts, "images", "generator"),
+            **handed(tmp_path, "latents", "metrics"),
+        )
+    assert "'cuda:7' is not here" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

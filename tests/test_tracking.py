@@ -14,8 +14,6 @@ from diffstill.errors import DiffstillError, without_secrets
 from diffstill.run import run_stage
 from diffstill.tracking import git_sha, stage_run, tracking_uri
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 TINY = preset("tiny")
 
 

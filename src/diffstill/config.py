@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -31,7 +32,17 @@ def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _without_credentials(location: str | None) -> str | None:
+    """A location is sent to clusters, logged and kept in manifests."""
+    parts = urlsplit(location or "")
+    named_user = "@" in parts.netloc and not parts.scheme.endswith("ssh")
+    if parts.netloc and (parts.password is not None or named_user or (parts.query and not parts.scheme.startswith("dvc+"))):
+        raise ValueError("holds credentials or a query, which would be sent, logged and kept; remove them, and give credentials by the environment")
+    return location
+
+
 Each = AfterValidator(_once)
+Location = Annotated[str | None, AfterValidator(_without_credentials)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), Each]
 Count = Annotated[int, Field(ge=1)]
@@ -62,7 +73,7 @@ class PrepareConfig(Section):
     source: Literal["digits", "fashion-mnist", "folder"] = Field(
         "digits", description="dataset: digits (inside scikit-learn), fashion-mnist, or folder (train/<class>/*, optionally test/ and val/)"
     )
-    location: str | None = Field(None, description="folder or URL of the data; null = where the dataset usually is")
+    location: Location = Field(None, description="folder or URL of the data; null = where the dataset usually is")
     classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(
         None, description="keep these classes only, in this order; null = all"
     )
@@ -117,7 +128,7 @@ class PretrainConfig(Section):
     """The generator: trained here from scratch, or a diffusers DiTPipeline folder."""
 
     source: Literal["scratch", "folder"] = Field("scratch", description="scratch = train a small one; folder = copy a diffusers DiTPipeline folder")
-    location: str | None = Field(None, description="the DiTPipeline folder, for source: folder")
+    location: Location = Field(None, description="the DiTPipeline folder, for source: folder")
     timesteps: Annotated[int, Field(ge=2, le=10_000)] = Field(1000, description="diffusion timesteps T")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first of the linear betas")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last of the linear betas")
@@ -354,11 +365,16 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(
-                f"`{knob}` is {without_secrets(repr(item['input']))}: {message}"
+                f"`{knob}` is {_shown(knob, item['input'])}: {message}"
                 if knob and item["type"] != "value_error"
                 else f"{knob}{': ' if knob else ''}{message}"
             )
     return "; ".join(lines)
+
+
+def _shown(knob: str, value: Any) -> str:
+    """The wrong value, unless it may be a secret that someone has put where its name belongs."""
+    return "not what it may be" if re.search("token|secret", knob) else without_secrets(repr(value))
 
 
 def render_params(params: Params) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def run_task(
         options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
         paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}
         if STAGES[stage].on_device:
-            options["device"] = resolve_device("auto")
+            options["device"] = resolve_device(os.environ.get("DIFFSTILL_DEVICE") or "auto")
         measured = run_stage(stage, section, paths, step=step or stage, **options)
         _write(metrics, json.dumps(measured))
         for name, value in measured.items():

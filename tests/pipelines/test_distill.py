@@ -90,7 +90,9 @@ class Graph:
                 else:
                     shown = task["taskInfo"]["name"]
                     executor = component["executorLabel"]
+                    after = set(task.get("dependentTasks", []))
                     self.tasks[shown] = {
+                        "after": after,
                         "inputs": inputs,
                         "executor": executor,
                         "path": path,
@@ -152,8 +154,17 @@ def test_artifacts_flow_as_in_the_chain(graph):
     for step in chain(preset("tiny")):
         shown = re.sub(r"@(distilled|untuned)-.*", r"-\1", step.name).partition("@")[0]
         given = {name: makes[where] for name, where in step.paths.items() if isinstance(where, str) and name != STAGES[step.stage].output}
-        found = {name: source for name, source in graph.tasks[shown]["inputs"].items() if name in given}
-        assert found == given, shown
+        parts = {"parts": f"{shown}-shard.{STAGES[step.stage].output}"} if STAGES[step.stage].sharded else {}
+        found = {
+            name: source
+            for name, source in graph.tasks[shown]["inputs"].items()
+            if "." in source and "{{" not in source and not name.endswith("_scores")
+        }
+        assert found == given | parts, shown
+        if parts:  # a shard takes what the whole does, but for the parts
+            shard = graph.tasks[f"{shown}-shard"]["inputs"]
+            assert {name: source for name, source in shard.items() if "." in source and "{{" not in source} == given
+            assert f"{step.stage}_shards" in shard["shard"]
     scores = {name: source for name, source in graph.tasks["report"]["inputs"].items() if name.endswith("_scores")}
     assert scores == {
         "distilled_scores": "evaluate-distilled.scores",
@@ -179,8 +190,14 @@ def test_loops_are_one_level_deep_and_hold_no_importer(graph):
         assert not (loops and shown == "importer")
 
 
-def test_only_the_preflight_is_never_cached(graph):
-    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} <= {"preflight", "importer"}
+def test_nothing_starts_before_the_preflight(graph):
+    assert graph.tasks["prepare"]["after"] == {"preflight"}
+    roots = [shown for shown, task in graph.tasks.items() if not task["after"] and not any("." in source for source in task["inputs"].values())]
+    assert roots == ["preflight"] or set(roots) == {"preflight", "importer"}
+
+
+def test_only_the_preflight_and_the_import_are_never_cached(graph):
+    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} == {"preflight", "importer"}
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -197,7 +214,18 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert (given["weights_uri"], given["data_version"]) == ("", "")
     needs = json.loads(given["needs"])
     assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
-    assert "AWS_SECRET_ACCESS_KEY" in needs["environment"]
+    assert needs["environment"] == ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"]
+    assert (needs["disk_gib"], needs["store"]) == (10.0, None)
+    rooted = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"pipeline_root": "s3://bucket/runs"})})
+    assert json.loads(arguments(params, rooted, ShardsConfig())["needs"])["store"] == "s3://bucket/runs"
+
+
+def test_the_preflight_asks_for_no_more_than_its_pod_gets():
+    """It stands where fine-tuning will: what another stage has more is not there."""
+    values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
+    values["infra"]["resources"] |= {"pretrain": {"gpus": 2, "shared_memory": "64Gi"}, "finetune": {"gpus": 1, "shared_memory": "1Gi"}}
+    needs = json.loads(arguments(preset("tiny"), Settings.model_validate_json(json.dumps(values)), ShardsConfig())["needs"])
+    assert (needs["gpus"], needs["shared_memory_gib"]) == (1, 1.0)
 
 
 def test_weights_to_start_from_are_imported():
@@ -225,6 +253,8 @@ def placed(tmp_path_factory):
     """The pipeline under settings that use every knob."""
     values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
     values["infra"] |= {"image_pull_secrets": ["registry"], "queue": "gpu-queue", "work_claim": "checkpoints", "run_as_user": 4711}
+    values["infra"]["secrets"]["mlflow"] = {"token": "MLFLOW_TRACKING_TOKEN"}
+    values["infra"]["config_maps"]["proxy"] = {"address": "HTTPS_PROXY"}
     values["infra"]["resources"]["finetune"] = {
         "gpus": 4, "gpu_type": "example.com/gpu", "cpu": "16", "memory": "64Gi", "shared_memory": "16Gi", "timeout_minutes": 10,
         "node_selector": {"pool": "a100"}, "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
@@ -275,9 +305,10 @@ def test_the_preflight_stands_where_fine_tuning_will(placed):
 def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
     for shown in set(placed.tasks) - {"importer"}:
         container, kubernetes = pod(placed, shown)
-        assert [each["secretName"] for each in kubernetes["secretAsEnv"]] == ["diffstill-s3"]
-        assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services"]
+        assert [each["secretName"] for each in kubernetes["secretAsEnv"]] == ["diffstill-s3", "mlflow"]
+        assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services", "proxy"]
         assert kubernetes["imagePullSecret"][0]["secretName"] == "registry"
         assert {each["name"] for each in kubernetes["fieldPathAsEnv"]} == {"DIFFSTILL_CHAIN"}
         assert kubernetes["pvcMount"][0]["mountPath"] == "/var/diffstill"
-        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill"}
+        device = {"DIFFSTILL_DEVICE": "cuda"} if "accelerator" in container["resources"] else {}
+        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill", **device}

@@ -21,11 +21,9 @@ from diffstill.config import load_params, preset, render_params
 from diffstill.run import chain
 from pipelines.local import execute, processes
 
-pytestmark = [pytest.mark.xdist_group("pipeline"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[2]
-APART = pytest.mark.xdist_group("pipeline apart")
-"""For tests that can do without the first run: another process has time for them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,6 @@ def test_another_number_of_shards_gives_the_same_bytes(place, two_shards, chain_
 
 
 @pytest.mark.slow
-@APART
 def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp_path, monkeypatch):
     """The real pipeline, submitted over a real socket, read back from the bytes that arrived, and run with the arguments that arrived."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -180,7 +177,6 @@ def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artif
 
 
 @pytest.mark.slow
-@APART
 def test_a_retry_succeeds(place, chain_artifacts, tmp_path):
     """Fine-tuning finds its work folder taken; when that is released, the second try gets through. MLflow has seen all of it."""
     from mlflow import MlflowClient

@@ -78,7 +78,9 @@ def test_without_digests_nothing_is_compiled(tmp_path):
     assert not (tmp_path / "out.yaml").exists()
     allowed = subprocess.run([*command, "--allow-tag"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert allowed.returncode == 0, allowed.stderr
-    assert "diffstill:gpu" in (tmp_path / "out.yaml").read_text()
+    text = (tmp_path / "out.yaml").read_text()
+    assert "diffstill:gpu" in text
+    assert "enableCache: true" not in text, "a cache cannot tell when a tag has moved"
 
 
 @pytest.mark.parametrize(

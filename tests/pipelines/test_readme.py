@@ -1,5 +1,6 @@
 """The README of a component says what its signature says, and its command is one that diffstill knows."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -21,6 +22,6 @@ def test_the_committed_readme_is_up_to_date(path):
 @pytest.mark.parametrize("path", TEXTS, ids=[path.parent.name for path in TEXTS])
 def test_its_command_is_understood(path):
     command = TEXTS[path].split("```")[1].replace("\\\n", " ")
-    program, name, *arguments = shlex.split(command.partition("diffstill:cpu")[2])
+    program, name, *arguments = shlex.split(re.split("diffstill:[cg]pu", command)[1])
     assert program == "diffstill"
     assert main.commands[name].make_context(name, arguments) is not None

@@ -30,7 +30,7 @@ def changed(folder: Path, path: str, value: object) -> Path:
 def test_the_committed_settings_are_whole():
     settings = load_settings(SETTINGS)
     assert set(settings.infra.resources) == set(InfraConfig.TASKS)
-    assert "finetune" in settings.infra.on_gpu
+    assert settings.infra.resources["finetune"].gpus == 1
     assert settings.infra.run_as_non_root
     assert settings.cluster.host is None
 
@@ -48,6 +48,10 @@ def test_the_committed_settings_are_whole():
         ("infra/resources/tune", {}, "has unknown tune"),
         ("infra/queue", "Not A Name", "infra.queue"),
         ("infra/secrets/diffstill-s3/key", "not a variable", "infra.secrets"),
+        ("infra/run_as_user", 0, "is root, which `infra.run_as_non_root` forbids"),
+        ("infra/secrets/other", {"key": "AWS_ACCESS_KEY_ID"}, "AWS_ACCESS_KEY_ID is given twice"),
+        ("infra/secrets/other", {"key": "DIFFSTILL_CHAIN"}, "DIFFSTILL_CHAIN is given twice, or is one that a task needs"),
+        ("infra/resources/finetune/tolerations", [{"operator": "Equal", "key": "a"}], "goes with a `key` and a `value`"),
         ("shards/encode", 31, "shards.encode"),
         ("shards/encode", 0, "shards.encode"),
     ],
@@ -61,6 +65,14 @@ def test_a_wrong_entry_is_named(tmp_path, path, value, message):
 def test_credentials_in_a_wrong_entry_are_not_shown(tmp_path):
     with pytest.raises(DiffstillError, match=r"cluster\.host") as caught:
         load_settings(changed(tmp_path, "cluster/host", "https://user:sentinel@kubeflow"))
+    assert "sentinel" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["cluster/token_env", "infra/secrets/diffstill-s3/key"])
+def test_a_secret_in_place_of_a_name_is_not_shown(tmp_path, path):
+    with pytest.raises(DiffstillError) as caught:
+        load_settings(changed(tmp_path, path, "eyJsentinel.sentinel"))
+    assert path.split("/")[1] in str(caught.value)
     assert "sentinel" not in str(caught.value)
 
 

@@ -15,8 +15,6 @@ from diffstill.config import EncodeConfig
 from diffstill.networks import load_generator
 from diffstill.stages.encode import encode
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def moments_one_by_one(chain: Chain, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     opened = load_generator(chain.artifacts / "generator")

@@ -20,8 +20,6 @@ from diffstill.record import Progress
 from diffstill.stages.finetune import METRICS, _Finetune, _Latents, finetune
 from slow_memory import SlowMemory
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def settings_of(chain: Chain, **changes: Any) -> FinetuneConfig:
     values = chain.params.model_dump(mode="json")

@@ -18,8 +18,6 @@ from diffstill.errors import DiffstillError
 from diffstill.networks import load_generator
 from diffstill.stages.pretrain import pretrain
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def settings_of(chain: Chain, **changes: Any) -> PretrainConfig:
     values = chain.params.model_dump(mode="json")

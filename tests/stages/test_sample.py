@@ -19,8 +19,6 @@ from diffstill.errors import DiffstillError
 from diffstill.stages.finetune import finetune
 from diffstill.stages.sample import sample
 
-pytestmark = pytest.mark.xdist_group("chain")
-
 
 def draw(chain: Chain, folder: Path, *, tuned: bool = True, denoiser: Path | None = None, **changes: Any) -> dict[str, str]:
     values = chain.params.model_dump(mode="json")
