@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from kfp import compiler, components, dsl, local
 from kfp_server import SENTINEL, Fault, KfpServer, lonely_server
 
@@ -15,7 +14,6 @@ from diffstill.errors import DiffstillError
 from pipelines import client, connection
 from pipelines.client import Cluster, Watcher
 from pipelines.settings import ClusterConfig
-from pipelines.submission import without_caching
 from servers import free_port
 
 
@@ -105,16 +103,6 @@ def test_the_server_can_run_what_it_was_sent(server, cluster, package, tmp_path)
     done = components.load_component_from_text(received.decode())(number=5)
     assert done.outputs["Output"] == 20
     assert sorted(path.read_text() for path in (tmp_path / "root").rglob("words")) == ["twice 1", "twice 10", "twice 2", "twice 5"]
-
-
-def test_a_package_without_caching_differs_in_nothing_else(package, tmp_path):
-    plain = tmp_path / "plain.yaml"
-    plain.write_bytes(package.read_bytes())
-    without_caching(plain)
-    before, after = (json.dumps(yaml.safe_load(path.read_text()), sort_keys=True) for path in (package, plain))
-    assert before.count('"cachingOptions": {"enableCache": true}') == 3
-    assert after == before.replace('{"enableCache": true}', "{}")
-    assert components.load_component_from_file(str(plain)).name == "doubling"
 
 
 def test_on_an_installation_for_many_everything_goes_to_the_namespace(server, config, package):

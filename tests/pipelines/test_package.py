@@ -38,6 +38,14 @@ def test_another_process_compiles_the_same_bytes(tmp_path):
     assert (tmp_path / "other.yaml").read_text() == (GOLDEN / "distill.yaml").read_text()
 
 
+def test_a_package_without_caching_differs_in_nothing_else(tmp_path):
+    path = tmp_path / "plain.yaml"
+    write_package(load_settings(SETTINGS), load_images(GOLDEN / "images.lock"), path, caching=False)
+    before, after = (json.dumps(list(yaml.safe_load_all(each.read_text())), sort_keys=True) for each in (GOLDEN / "distill.yaml", path))
+    assert before.count('"cachingOptions": {"enableCache": true}') > 10
+    assert after == before.replace('{"enableCache": true}', "{}")
+
+
 def test_every_task_runs_in_an_image_by_digest():
     spec = next(yaml.safe_load_all((GOLDEN / "distill.yaml").read_text()))
     images = {name: each["container"]["image"] for name, each in spec["deploymentSpec"]["executors"].items() if "container" in each}
