@@ -84,8 +84,8 @@ def test_torchvision_and_the_metadata_open_the_set(tiny_chain: Chain) -> None:
         rows = list(csv.DictReader(file))
     assert [row["file_name"] for row in rows] == [f"{label}/{number:05d}.png" for label in "012" for number in range(2)]
     assert all((folder / row["file_name"]).is_file() and row["file_name"].startswith(row["label"]) for row in rows)
-    image = Image.open(folder / rows[0]["file_name"])
-    assert (image.mode, image.size) == ("L", (8, 8))
+    with Image.open(folder / rows[0]["file_name"]) as image:
+        assert (image.mode, image.size) == ("L", (8, 8))
 
 
 def test_the_contact_sheet_shows_every_class_in_a_row(tiny_chain: Chain) -> None:
