@@ -65,7 +65,7 @@ def compile_pipeline(settings_path: Path, images_lock: Path, allow_tag: bool, ou
 @settings_option
 @click.option("--runner", type=click.Choice(["subprocess", "docker"]), default="subprocess", show_default=True, help="Processes, or containers.")
 @click.option("--image", help="Image of all tasks, with --runner docker; default: diffstill:cpu, as `make images` builds it.")
-@click.option("--user", help="User of the containers, like 10001; default: that of the image.")
+@click.option("--user", help="User of the containers, like 10001; default: you, or for root that of the image.")
 @click.option(
     "--shards", type=click.IntRange(1, 30), default=None, help="Cut encoding and sampling into so many shards; default: as in the settings."
 )

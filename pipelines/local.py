@@ -38,6 +38,8 @@ class Executor:
 
     runner: Any
     image: str
+    owner: tuple[int, int] | None = None
+    """User and group that write the outputs, where they are not ours."""
 
 
 def processes() -> Executor:
@@ -53,12 +55,18 @@ def containers(image: str | None = None, user: str | None = None) -> Executor:
     limits = {"network_mode": "none", "read_only": True, "tmpfs": scratch, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
     name = image or TAGGED.cpu
     try:
-        found = docker.from_env().images.get(name).id
+        found = docker.from_env().images.get(name)
     except docker.errors.ImageNotFound as error:
         raise DiffstillError(f"image {name!r} is not here; build it with `make images`, or name another with --image") from error
     except docker.errors.DockerException as error:
         raise DiffstillError(f"no Docker engine answers ({error}); start one, or set DOCKER_HOST to its address") from error
-    return Executor(local.DockerRunner(**limits, **({"user": user} if user else {})), found)
+    who = user or (f"{os.getuid()}:{os.getgid()}" if os.getuid() else found.attrs["Config"]["User"])
+    numbers = re.fullmatch(r"(\d+)(?::(\d+))?", who)
+    if not numbers:
+        raise DiffstillError(f"--user {who!r} is no number; give a numeric user, or user:group, like 10001:10001")
+    owner = int(numbers[1]), int(numbers[2] or numbers[1])
+    runner = local.DockerRunner(**limits, user=f"{owner[0]}:{owner[1]}", environment={"USER": "diffstill"})  # torch asks for a name
+    return Executor(runner, found.id, owner)
 
 
 def run_local(
@@ -101,6 +109,9 @@ def execute(pipeline: BaseComponent, given: Mapping[str, Any], folder: Path, exe
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     _mend_kfp()
+    (folder / "runs").mkdir(exist_ok=True)
+    if executor.owner and os.getuid() == 0:
+        os.chown(folder / "runs", *executor.owner)
     cached = {"enable_caching": cache, "cache_root": str(folder / "cache") if cache else None}
     local.init(executor.runner, pipeline_root=str(folder / "runs"), raise_on_error=True, **cached)
     with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Told(log, sys.stdout)), warnings.catch_warnings():
@@ -139,9 +150,9 @@ def _data_version(params: Params) -> str:
 
 
 def _at_hand(infra: InfraConfig, retries: int) -> InfraConfig:
-    """Every task tried again that often, after a second: a person is waiting. On the device that is here."""
+    """Every task tried again that often, after a second: a person is waiting. On the device that is here, with checkpoints where `DIFFSTILL_WORK` says."""
     resources = {name: each.model_copy(update={"gpus": 0, "retries": retries, "retry_seconds": 1}) for name, each in infra.resources.items()}
-    return infra.model_copy(update={"resources": resources})
+    return infra.model_copy(update={"resources": resources, "work_claim": None})
 
 
 def _places(params: Params) -> dict[str, tuple[str, int | None]]:
