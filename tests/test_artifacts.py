@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from chains import contents
 from diffstill.artifacts import (
+    ANCESTORS,
     MANIFEST,
     WorkFolder,
+    ancestors,
     new_artifact,
     open_artifact,
     read_shards,
@@ -245,6 +247,89 @@ def test_another_kind_and_an_absent_folder_are_refused(folder):
         open_artifact(folder, "latents")
     with pytest.raises(DiffstillError, match=r"absent: does not exist; expected the `images` artifact; run the stage that makes it first"):
         open_artifact(folder.parent / "absent", "images")
+
+
+# --- ancestors ----------------------------------------------------------------------------------------------------
+
+
+def kept(folder: Path) -> set[str]:
+    return {path.stem for path in (folder / ANCESTORS).glob("*.json")}
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Images, a generator made from them, and a set made from both."""
+    images = write(tmp_path / "images")
+    generator = write(tmp_path / "generator", "weights", "generator", SampleConfig(), {"images": images})
+    made = write(tmp_path / "set", "set", "distilled", SampleConfig(), {"generator": generator, "images": images})
+    return images, generator, made
+
+
+def test_an_artifact_has_the_manifests_of_all_that_it_comes_from(family):
+    images, generator, made = family
+    assert not (images.folder / ANCESTORS).exists()
+    assert kept(generator.folder) == {images.digest}
+    assert kept(made.folder) == {images.digest, generator.digest}
+    assert ancestors(made) == {images.digest: images.manifest, generator.digest: generator.manifest}
+    assert ancestors(images) == {}
+    assert (made.folder / ANCESTORS / f"{images.digest}.json").read_bytes() == (images.folder / MANIFEST).read_bytes()
+
+
+@given(st.lists(st.sets(st.integers(0, 6)), min_size=1, max_size=7))
+@settings(max_examples=15)
+def test_ancestors_are_all_that_can_be_reached(tmp_path_factory, wanted):
+    """Node k of a random graph is made from earlier nodes; the reference walks the graph."""
+    root, made = tmp_path_factory.mktemp("graph"), []
+    origins = [sorted(one for one in sources if one < node) for node, sources in enumerate(wanted)]
+    for node, sources in enumerate(origins):
+        inputs = {f"input-{one}": made[one] for one in sources}
+        made.append(write(root / str(node), f"text {node}", config=PrepareConfig(seed=node), inputs=inputs))
+
+    def reached(node: int) -> set[int]:
+        return set(origins[node]).union(*map(reached, origins[node]))
+
+    for node, artifact in enumerate(made):
+        expected = {made[one].digest for one in reached(node)}
+        assert set(ancestors(artifact)) == expected == kept(artifact.folder)
+
+
+def test_ancestors_are_verified_with_the_other_files(family):
+    images, _, made = family
+    flip_a_bit(made.folder / ANCESTORS / f"{images.digest}.json")
+    with pytest.raises(DiffstillError, match=rf"{ANCESTORS}/{images.digest}\.json: content differs from the digest"):
+        open_artifact(made.folder, "distilled")
+
+
+def change_a_fact(path: Path) -> None:
+    path.write_text(path.read_text().replace('"classes"', '"klasses"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "missing, so the lineage has a gap; make the artifact anew with this version of diffstill"),
+        (change_a_fact, "has another digest than its name says"),
+        (lambda path: path.write_text("{"), "not a manifest of schema 1"),
+        (lambda path: path.write_bytes(b"\xff"), "not a manifest of schema 1"),
+    ],
+    ids=["missing", "changed", "no JSON", "no text"],
+)
+def test_a_damaged_ancestor_is_one_clear_message(family, damage, message):
+    images, _, made = family
+    damage(made.folder / ANCESTORS / f"{images.digest}.json")
+    with pytest.raises(DiffstillError, match=message) as refusal:
+        ancestors(made)
+    assert f"set/{ANCESTORS}/{images.digest}.json: " in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_gap_further_back_shows_in_what_is_made_from_it(family, tmp_path):
+    """As when an input was made by a release that kept no ancestors."""
+    images, generator, _ = family
+    (generator.folder / ANCESTORS / f"{images.digest}.json").unlink()
+    made = write(tmp_path / "later", "set", "distilled", SampleConfig(), {"generator": generator})
+    with pytest.raises(DiffstillError, match=rf"later/{ANCESTORS}/{images.digest}\.json: missing, so the lineage has a gap"):
+        ancestors(made)
 
 
 # --- shards -------------------------------------------------------------------------------------------------------

@@ -9,26 +9,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffstill.html import (
-    Cell,
-    Curve,
-    Gain,
-    GridRow,
-    Page,
-    Setting,
-    Verdict,
-    data_uri,
-    figures,
-    percent,
-    plain,
-    plural,
-    png,
-    render,
-    signed,
-    strip,
-    svg,
-)
+from diffstill.html import Curve, GridRow, Page, Setting, Verdict, data_uri, figures, percent, plain, plural, png, render, signed, strip, svg
 from diffstill.metrics import Summary
+from diffstill.scores import Cell, Gain
 
 HOSTILE = '<img src="http://evil.example/x" onerror="alert(1)">$a$'
 

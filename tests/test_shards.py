@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chains import Chain, contents
-from diffstill.artifacts import open_artifact, read_shards
+from diffstill.artifacts import ancestors, open_artifact, read_shards
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.shards import Shard, Share
@@ -70,6 +70,14 @@ def test_gathered_images_are_those_of_one_process(tiny_chain: Chain, tmp_path: P
     assert sum(len(list(part.rglob("*.png"))) for part in parts) == 2 * 3 * 2
     sample(tiny_chain.params.sample, **inputs(tiny_chain, "generator", "denoiser"), distilled=tmp_path / "distilled", parts=parts[::-1])
     assert contents(tmp_path / "distilled") == contents(tiny_chain.artifacts / "distilled")
+
+
+def test_a_gathered_artifact_knows_where_it_comes_from(tiny_chain: Chain, tmp_path: Path) -> None:
+    parts = shards_of(tiny_chain, tmp_path, "sample", 2)
+    sample(tiny_chain.params.sample, **inputs(tiny_chain, "generator", "denoiser"), distilled=tmp_path / "distilled", parts=parts)
+    whole = ancestors(open_artifact(tmp_path / "distilled", "distilled"))
+    assert sorted(manifest.kind for manifest in whole.values()) == ["denoiser", "generator", "images", "latents"]
+    assert all(ancestors(open_artifact(part, "distilled", shard=True)) == whole for part in parts)
 
 
 def test_more_shards_than_work_leave_empty_ones(tiny_chain: Chain, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 An artifact is a folder with `manifest.json`: its kind, the configuration that made it, the digests of its inputs and
 of its own files, and a few facts. No times, hosts or paths, so equal work gives equal bytes. A folder is written
-beside its final place and renamed: a reader sees a whole artifact or none.
+beside its final place and renamed: a reader sees a whole artifact or none. `ancestors/<digest>.json` are the manifests
+of its inputs, of their inputs and so on: whoever has the folder has its whole lineage.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,11 @@ from safetensors.numpy import load_file, save_file
 from diffstill.config import Section
 from diffstill.errors import DiffstillError
 
-Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report"]
+Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report", "card"]
 Array = npt.NDArray[Any]
 SCHEMA: Literal[1] = 1
 MANIFEST = "manifest.json"
+ANCESTORS = "ancestors"
 DESKTOP_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file browsers leave in folders that they show; no part of an artifact."""
 
@@ -141,6 +143,7 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
     try:
         draft.folder.chmod(0o755)
         yield draft
+        _keep_ancestors(draft.folder / ANCESTORS, inputs.values())
         paths = [path for path in draft.folder.rglob("*") if path.is_file()]
         for path in paths:
             path.chmod(0o644)  # safetensors writes for its owner alone
@@ -151,6 +154,38 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
         _replace(draft.folder, folder)
     finally:
         shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+def _keep_ancestors(kept: Path, inputs: Iterable[Artifact]) -> None:
+    for artifact in inputs:
+        kept.mkdir(exist_ok=True)
+        (kept / f"{artifact.digest}.json").write_text(artifact.manifest.text())
+        for path in sorted((artifact.folder / ANCESTORS).glob("*.json")):
+            shutil.copyfile(path, kept / path.name)
+
+
+def ancestors(artifact: Artifact) -> dict[str, Manifest]:
+    """The manifests that an artifact descends from, by digest. Raises `DiffstillError` naming one that is damaged or lacking."""
+    found: dict[str, Manifest] = {}
+    waiting = sorted(artifact.manifest.inputs.values())
+    while waiting:
+        digest = waiting.pop()
+        if digest not in found:
+            found[digest] = _ancestor(artifact.folder / ANCESTORS / f"{digest}.json")
+            waiting += sorted(found[digest].inputs.values())
+    return found
+
+
+def _ancestor(path: Path) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DiffstillError(f"{path}: missing, so the lineage has a gap; make the artifact anew with this version of diffstill") from error
+    except ValidationError as error:
+        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA}; make the artifact anew") from error
+    if hashlib.sha256(manifest.text().encode()).hexdigest() != path.stem:
+        raise DiffstillError(f"{path}: has another digest than its name says; make the artifact anew")
+    return manifest
 
 
 def refuse_foreign(folder: Path, kind: Kind | None = None) -> None:

@@ -1,10 +1,18 @@
-"""The one error that a user can cause: it names the value, the rule and the fix, and no secret."""
+"""The errors that a user can cause: the message names the value, the rule and the fix, and no secret."""
 
 import re
 
 
 class DiffstillError(ValueError):
     """Bad input at a boundary. The command line prints its message alone and exits with 2."""
+
+    exit_code = 2
+
+
+class GateError(DiffstillError):
+    """A set that is not shown to be worth publishing; exit code 3."""
+
+    exit_code = 3
 
 
 def without_secrets(text: str) -> str:

@@ -21,14 +21,13 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffstill.metrics import Summary, moving_average
+from diffstill.metrics import moving_average
 from diffstill.pictures import to_image
+from diffstill.scores import SOURCE_NAMES, Cell, Source
 
 Axes = Any
 Pixels = npt.NDArray[np.uint8]
-Source = Literal["random", "untuned", "distilled", "full"]
 
-SOURCE_NAMES: Mapping[Source, str] = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
 _MARKERS: Mapping[Source, str] = {"random": "o", "untuned": "s", "distilled": "D"}
 _LIGHT = {
     "ink": "#1c2430",
@@ -42,41 +41,6 @@ _LIGHT = {
 _THEMED = {role: f"#0000{number:02x}" for number, role in enumerate(_LIGHT, start=1)}
 _STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "diffstill", "font.size": 9.5, "font.family": "DejaVu Sans"}
 _PANEL = (4.4, 3.1)
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Accuracy above another source in points, with its 95 % interval; `low` and `high` are None where fewer than two seeds or no spread allow none."""
-
-    points: float
-    low: float | None
-    high: float | None
-
-    @property
-    def verdict(self) -> Literal["gain", "loss", "unclear", "unknown"]:
-        """Whether the interval is clear of zero, and on which side; unknown without an interval."""
-        if self.low is None or self.high is None:
-            return "unknown"
-        return "gain" if self.low > 0 else "loss" if self.high < 0 else "unclear"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All runs of one source, student and number of images per class (None for full data). Accuracies are fractions."""
-
-    source: Source
-    student: str
-    images_per_class: int | None
-    test: Summary
-    lowest: float
-    highest: float
-    validation: Summary | None
-    best_test: Summary
-    best_step: float
-    over_random: Gain | None
-    over_untuned: Gain | None
-    label_robust_score: float | None
-    leads: bool
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,21 @@
 import csv
-import hashlib
-import itertools
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
-from diffstill.artifacts import Artifact, new_artifact, open_artifact, read_manifest, write_shards
-from diffstill.config import EvaluateConfig, FinetuneConfig, PrepareConfig, ReportConfig, SampleConfig
+from chains import contents
+from diffstill.artifacts import new_artifact, open_artifact
+from diffstill.config import FinetuneConfig
 from diffstill.errors import DiffstillError
 from diffstill.metrics import label_robust_score
-from diffstill.stages.report import gain, report
+from diffstill.scores import SCORES, gain, read_lines, read_runs
+from experiments import CLASSES, RANDOM, STUDENT, all_lines, make_experiment, write_denoiser, write_sampled
 
-STUDENT = "convnet-2"
-CLASSES = ("cat & <dog>", '"q$u$ote"')
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -55,112 +50,6 @@ class Parsed(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-@dataclass
-class Experiment:
-    """Paths of the artifacts of one tiny experiment; `scores` can be written more than once."""
-
-    root: Path
-    paths: dict = field(default_factory=dict)
-    scores: list = field(default_factory=list)
-
-    @property
-    def images(self) -> Artifact:
-        return read_manifest(self.paths["images"], "images")
-
-    def judge(self, lines, name="scores", inputs=("images", "distilled")):
-        folder = self.root / name
-        opened = {key: read_manifest(self.paths[key], "images" if key == "images" else "distilled") for key in inputs}
-        with new_artifact(folder, "scores", EvaluateConfig(), opened) as draft:
-            (draft.folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.scores.append(folder)
-        return folder
-
-    def line(self, source, size, generation_seed, student_seed, accuracy, **changes):
-        line = {
-            "source": source,
-            "student": STUDENT,
-            "images_per_class": size,
-            "generation_seed": generation_seed,
-            "student_seed": student_seed,
-            "protocol": "short-20",
-            "steps": 20,
-            "train_images": 2 * (size or 6),
-            "accuracy_test": accuracy,
-            "accuracy_val": accuracy / 2,
-            "best_test": min(1.0, accuracy + 0.05),
-            "best_step": 15,
-            "labels": "hard",
-            "images_digest": self.images.digest,
-        }
-        return line | changes
-
-    def report(self, name="report", config=None):
-        out = self.root / name
-        flat = report(config or ReportConfig(shown_per_class=2), **self.paths, scores=self.scores, report=out)
-        return out, flat
-
-
-def write_images(folder, classes=CLASSES, side=8, channels=1, per_class=6):
-    draws = np.random.default_rng(0)
-    with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
-        for split, count in (("train", per_class), ("val", 2), ("test", 3)):
-            labels = np.repeat(np.arange(len(classes)), count)
-            pixels = draws.integers(0, 256, (len(labels), channels, side, side), dtype=np.uint8)
-            write_shards(draft.folder, split, {"pixels": pixels, "labels": labels.astype(np.int64)}, 4096)
-        counts = {split: dict.fromkeys(classes, count) for split, count in (("train", per_class), ("val", 2), ("test", 3))}
-        draft.facts |= {"source": "digits", "classes": list(classes), "side": side, "channels": channels, "flip": False, "counts": counts}
-
-
-def write_denoiser(folder, policy="redundancy", seeds=(0,)):
-    columns = "step,loss,loss_real,loss_gen,memory_real,memory_gen"
-    with new_artifact(folder, "denoiser", FinetuneConfig(policy=policy, seeds=tuple(seeds)), {}) as draft:
-        for seed in seeds:
-            (draft.folder / f"seed-{seed}").mkdir()
-            rows = [f"{step},{1 / step},{0.9 - step / 100},{0.2 + step / 100},{min(64, step)},{min(64, step)}" for step in range(1, 31)]
-            (draft.folder / f"seed-{seed}" / "metrics.csv").write_text("\n".join([columns, *rows]) + "\n")
-        draft.facts |= {"seeds": list(seeds), "policy": policy, "capacity_real": 64, "capacity_gen": 64, "steps": 30, "lambda_real": 0.002}
-        draft.facts |= {"lambda_gen": 0.008, "update": "step", "trainable": "difffit", "parameters": 123456, "trained_parameters": 1234}
-
-
-def write_sampled(folder, source, inputs, images, seeds=(0, 1, 2), per_class=2):
-    facts = images.facts
-    draws = np.random.default_rng(len(source))
-    with new_artifact(folder, "distilled", SampleConfig(seeds=tuple(seeds), images_per_class=per_class), inputs) as draft:
-        for seed, name, number in itertools.product(seeds, facts["classes"], range(per_class)):
-            path = draft.folder / f"seed-{seed}" / name / f"{number:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shape = (facts["side"], facts["side"]) if facts["channels"] == 1 else (facts["side"], facts["side"], 3)
-            Image.fromarray(draws.integers(0, 256, shape, dtype=np.uint8)).save(path)
-        draft.facts |= {"source": source, "seeds": list(seeds), "images_per_class": per_class, "classes": facts["classes"], "side": facts["side"]}
-        draft.facts |= {"channels": facts["channels"], "guidance": 3.0, "sampler": "ddim", "steps": 25, "images_digest": images.digest}
-
-
-def make_experiment(root, classes=CLASSES, policy="redundancy", tunes=(0,), side=8, channels=1):
-    made = Experiment(root, {name: root / name for name in ("images", "denoiser", "distilled", "untuned")})
-    write_images(made.paths["images"], classes, side, channels)
-    write_denoiser(made.paths["denoiser"], policy, tunes)
-    write_sampled(made.paths["untuned"], "untuned", {}, made.images)
-    write_sampled(made.paths["distilled"], "distilled", {"denoiser": read_manifest(made.paths["denoiser"], "denoiser")}, made.images)
-    return made
-
-
-RANDOM = {1: [[0.30, 0.34], [0.36, 0.32], [0.40, 0.38]], 2: [[0.50, 0.54], [0.56, 0.52], [0.60, 0.58]]}
-UNTUNED = {1: [[0.42, 0.40], [0.36, 0.38], [0.39, 0.41]], 2: [[0.55, 0.57], [0.50, 0.52], [0.56, 0.58]]}
-DISTILLED = {1: [[0.61, 0.63], [0.60, 0.64], [0.66, 0.62]], 2: [[0.57, 0.53], [0.56, 0.58], [0.52, 0.60]]}
-FULL = [0.90, 0.94]
-
-
-def all_lines(made):
-    lines = [
-        made.line(source, size, generation, student, accuracy)
-        for source, sizes in (("random", RANDOM), ("untuned", UNTUNED), ("distilled", DISTILLED))
-        for size, seeds in sizes.items()
-        for generation, students in enumerate(seeds)
-        for student, accuracy in enumerate(students)
-    ]
-    return lines + [made.line("full", None, None, student, accuracy) for student, accuracy in enumerate(FULL)]
-
-
 @pytest.fixture
 def made(tmp_path):
     return make_experiment(tmp_path)
@@ -170,7 +59,7 @@ def made(tmp_path):
 def written(tmp_path_factory):
     """One whole report that the reading tests share: its folder, and what the stage returned."""
     made = make_experiment(tmp_path_factory.mktemp("experiment"))
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     return made.report()
 
 
@@ -188,31 +77,20 @@ def test_metrics_json_holds_hand_computed_numbers(written):
     assert flat[f"{STUDENT}/full/all/test_mean"] == pytest.approx(0.92)
 
 
-@pytest.mark.parametrize(("values", "base"), [([0.62, 0.62, 0.64], [0.32, 0.34, 0.39]), ([0.5, 0.7], [0.6, 0.61, 0.59, 0.64])])
-def test_interval_is_that_of_welch(values, base):
-    expected = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-    found = gain(values, base)
-    assert (found.low, found.high) == pytest.approx((100 * expected.low, 100 * expected.high))
-    assert found.points == pytest.approx(100 * (np.mean(values) - np.mean(base)))
-
-
-def test_interval_where_one_side_does_not_vary_is_that_of_the_other():
-    found = gain([0.5, 0.5], [0.4, 0.42, 0.47])
-    half = 100 * stats.t.ppf(0.975, 2) * np.std([0.4, 0.42, 0.47], ddof=1) / math.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((7.0 - half, 7.0 + half))
-
-
 def test_stage_averages_student_seeds_before_the_interval(written):
     cell = json.loads((written[0] / "metrics.json").read_text())[STUDENT]["distilled"]["ipc1"]
     expected = gain([0.62, 0.62, 0.64], [0.32, 0.34, 0.39])
     assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
 
 
-@pytest.mark.parametrize(("values", "base"), [([0.5], [0.4, 0.3]), ([0.5, 0.6], [0.4]), ([0.5, 0.5], [0.4, 0.4])])
-def test_no_interval_without_seeds_or_spread(values, base):
-    found = gain(values, base)
-    assert (found.low, found.high, found.verdict) == (None, None, "unknown")
-    assert found.points == pytest.approx(100 * (np.mean(values) - np.mean(base)))
+def test_all_runs_are_kept_as_they_were_scored(made):
+    lines = all_lines(made.images.digest)
+    made.judge(lines[:9], "scores-a")
+    made.judge(lines[9:], "scores-b")
+    folder, _ = made.report()
+    kept = read_lines(folder / SCORES)
+    assert kept == read_runs([open_artifact(path, "scores") for path in made.scores])
+    assert sorted((run.model_dump() for run in kept), key=str) == sorted(lines, key=str)
 
 
 def test_accuracy_csv_is_a_long_table(written):
@@ -293,7 +171,7 @@ def test_caption_names_the_protocol_and_what_was_repeated(written):
 
 def test_caption_tells_when_each_generation_was_fine_tuned(tmp_path):
     made = make_experiment(tmp_path, tunes=(0, 1, 2))
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     folder, _ = made.report()
     assert "Each distilled generation seed repeats fine-tuning and sampling." in (folder / "report.html").read_text(encoding="utf-8")
 
@@ -308,15 +186,13 @@ def test_figures_are_pictures_and_the_artifact_is_whole(written):
 
 
 def test_equal_inputs_give_equal_bytes_in_any_order_of_scores(made):
-    lines = all_lines(made)
+    lines = all_lines(made.images.digest)
     made.judge(lines[:9], "scores-a")
     made.judge(lines[9:], "scores-b")
     first, _ = made.report("report-1")
     made.scores.reverse()
     second, _ = made.report("report-2")
-    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in first.iterdir()} == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in second.iterdir()
-    }
+    assert contents(first) == contents(second)
 
 
 def test_without_ceiling_and_baselines_scores_are_left_out(made):
@@ -382,64 +258,29 @@ def test_two_protocols_are_refused(made):
         made.report()
 
 
-def test_two_images_digests_are_refused(made):
-    made.judge([made.line("random", 1, 0, 0, 0.5, images_digest="aa"), made.line("distilled", 1, 0, 0, 0.5, images_digest="bb")])
-    with pytest.raises(DiffstillError, match="more than one images digest: aa, bb"):
-        made.report()
-
-
 def test_scores_of_other_images_are_refused(made):
     made.judge([made.line("random", 1, 0, 0, 0.5, images_digest="aa")])
     with pytest.raises(DiffstillError, match="scores of images digest aa"):
         made.report()
 
 
-def test_a_repeated_run_is_refused(made):
-    made.judge([made.line("random", 1, 0, 0, 0.5)], "scores-a")
-    made.judge([made.line("random", 1, 0, 0, 0.6)], "scores-b")
-    with pytest.raises(DiffstillError, match=r"random, convnet-2, 1 images per class, generation seed 0, student seed 0 occurs twice"):
-        made.report()
-
-
-def test_a_missing_run_is_refused(made):
-    made.judge([made.line("random", 1, 0, 0, 0.5), made.line("random", 1, 0, 1, 0.5), made.line("random", 1, 1, 0, 0.5)])
-    with pytest.raises(DiffstillError, match="generation seed 1 lacks student seed 1"):
-        made.report()
-
-
-@pytest.mark.parametrize(
-    ("changes", "knob"),
-    [({"labels": "soft"}, "labels"), ({"accuracy_test": 93.0}, "accuracy_test"), ({"extra": 1}, "extra"), ({"source": "herding"}, "source")],
-)
-def test_a_line_that_breaks_the_contract_is_refused(made, changes, knob):
-    made.judge([made.line("random", 1, 0, 0, 0.5), made.line("random", 1, 1, 0, 0.5) | changes])
-    with pytest.raises(DiffstillError, match=rf"scores\.jsonl, line 2: {knob}"):
-        made.report()
-
-
-def test_full_data_with_a_size_is_refused(made):
-    made.judge([made.line("full", 1, 0, 0, 0.5)])
-    with pytest.raises(DiffstillError, match="null for `full`"):
-        made.report()
-
-
 def test_swapped_folders_are_refused(made):
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     made.paths["distilled"], made.paths["untuned"] = made.paths["untuned"], made.paths["distilled"]
     with pytest.raises(DiffstillError, match="sampled from source `untuned` where `distilled` is expected"):
         made.report()
 
 
 def test_scores_of_another_distilled_set_are_refused(made):
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     shutil.rmtree(made.paths["distilled"])
-    write_sampled(made.paths["distilled"], "distilled", {"denoiser": read_manifest(made.paths["denoiser"], "denoiser")}, made.images, seeds=(5, 6, 7))
+    write_sampled(made.paths["distilled"], "distilled", made.opened("generator", "denoiser"), made.images, seeds=(5, 6, 7))
     with pytest.raises(DiffstillError, match="made from another `distilled`"):
         made.report()
 
 
 def test_another_denoiser_is_refused(made):
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     shutil.rmtree(made.paths["denoiser"])
     write_denoiser(made.paths["denoiser"], policy="fifo")
     with pytest.raises(DiffstillError, match="sampled from another denoiser"):
@@ -455,14 +296,14 @@ def test_a_damaged_curve_is_refused(tmp_path):
         draft.facts |= {"seeds": [0], "policy": "none", "capacity_real": 1, "capacity_gen": 1, "steps": 1, "trainable": "all", "parameters": 1}
         draft.facts |= {"trained_parameters": 1, "update": "step", "lambda_real": 0.0, "lambda_gen": 0.0}
     shutil.rmtree(made.paths["distilled"])
-    write_sampled(made.paths["distilled"], "distilled", {"denoiser": read_manifest(made.paths["denoiser"], "denoiser")}, made.images)
+    write_sampled(made.paths["distilled"], "distilled", made.opened("generator", "denoiser"), made.images)
     made.judge([made.line("random", 1, 0, 0, 0.5)])
     with pytest.raises(DiffstillError, match=r"metrics\.csv: has no column loss_gen"):
         made.report()
 
 
 def test_an_earlier_report_stays_when_a_new_one_is_refused(made):
-    made.judge(all_lines(made))
+    made.judge(all_lines(made.images.digest))
     folder, _ = made.report()
     before = (folder / "manifest.json").read_bytes()
     made.judge([made.line("random", 1, 0, 0, 0.5)], "scores-again")

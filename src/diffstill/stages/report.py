@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from scipy import stats
 
 from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact
 from diffstill.config import EvaluateConfig, FinetuneConfig, PrepareConfig, ReportConfig, SampleConfig, Section
 from diffstill.errors import DiffstillError
-from diffstill.html import SOURCE_NAMES, Cell, Curve, Gain, GridRow, Page, Setting, Source, Verdict, figures, percent, plain, plural, render, signed
-from diffstill.metrics import label_robust_score, summary
+from diffstill.html import Curve, GridRow, Page, Setting, Verdict, figures, percent, plain, plural, render, signed
 from diffstill.record import Record, ignore
+from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Gain, Run, Source, by_column, by_seed, flat, metrics, read_runs, table
 
 CURVE_COLUMNS = ("step", "loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
 _OUTCOMES = {
@@ -33,44 +30,6 @@ _OUTCOMES = {
     "unclear": "no difference shown",
     "unknown": "too few generation seeds for an interval, so no claim",
 }
-Accuracy = Field(ge=0.0, le=1.0)
-
-
-class Run(BaseModel):
-    """One line of `scores.jsonl`: one student, trained once. Accuracies are fractions; `accuracy_val` is None without a val split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    source: Source
-    student: str
-    images_per_class: int | None = Field(ge=1)
-    generation_seed: int | None
-    student_seed: int
-    protocol: str
-    steps: int
-    train_images: int
-    accuracy_test: float = Accuracy
-    accuracy_val: float | None = Accuracy
-    best_test: float = Accuracy
-    best_step: int
-    labels: Literal["hard"]
-    images_digest: str
-
-    @model_validator(mode="after")
-    def _full_has_no_size(self) -> Self:
-        if (self.source == "full") != (self.images_per_class is None) or (self.source == "full") != (self.generation_seed is None):
-            raise ValueError("images_per_class and generation_seed are null for `full`, and only for it")
-        return self
-
-    @property
-    def column(self) -> tuple[str, str, int | None]:
-        """What the runs of one cell of the table share."""
-        return self.source, self.student, self.images_per_class
-
-    @property
-    def order(self) -> tuple[int, str, int, int, int]:
-        """Where the run stands among all, whatever order the scores came in; no two runs may share it."""
-        return list(SOURCE_NAMES).index(self.source), self.student, self.images_per_class or 0, self.generation_seed or 0, self.student_seed
 
 
 @dataclass(frozen=True)
@@ -100,7 +59,7 @@ def report(
     report: Path,
     record: Record = ignore,
 ) -> dict[str, float]:
-    """Write the `report` artifact: metrics.json, accuracy.csv, report.html and four figures as PNG.
+    """Write the `report` artifact: scores.jsonl with all runs, metrics.json, accuracy.csv, report.html and four figures as PNG.
 
     Returns the numbers of metrics.json, flat. Raises `DiffstillError` for scores that share no table: two protocols, two sets of
     real images, a run twice or missing, other images than those given.
@@ -113,17 +72,18 @@ def report(
     numbers = metrics(cells)
     with new_artifact(report, "report", config, inputs.named()) as draft:
         (draft.folder / "metrics.json").write_text(json.dumps(numbers, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        (draft.folder / SCORES).write_text("".join(run.model_dump_json() + "\n" for run in runs))
         (draft.folder / "accuracy.csv").write_text(_accuracy_csv(cells, runs[0].protocol))
         (draft.folder / "report.html").write_text(render(page), encoding="utf-8")
         pictures = figures(page)
         for name, content in pictures.items():
             (draft.folder / name).write_bytes(content)
         draft.facts |= {"protocol": runs[0].protocol, "students": list(page.students), "runs": len(runs), "images_digest": inputs.images.digest}
-    flat = _flat(numbers)
-    record.metrics(flat, step=0)
+    measured = flat(numbers)
+    record.metrics(measured, step=0)
     for name in ("report.html", *pictures):
         record.file(report / name)
-    return flat
+    return measured
 
 
 def _open(images: Path, denoiser: Path, distilled: Path, untuned: Path, scores: Sequence[Path]) -> Inputs:
@@ -154,56 +114,6 @@ def _refuse_strangers(inputs: Inputs) -> None:
         raise DiffstillError(f"{inputs.distilled.folder}: was sampled from another denoiser than {inputs.denoiser.folder}; pass the one it came from")
 
 
-def read_runs(scores: Sequence[Artifact]) -> list[Run]:
-    """All runs of all scores in a fixed order. Raises `DiffstillError` if they share no table (see `report`)."""
-    runs = sorted((run for artifact in scores for run in _lines(artifact.folder / "scores.jsonl")), key=lambda run: run.order)
-    if not runs:
-        raise DiffstillError(f"{scores[0].folder}: no student run in the scores given; run `evaluate` with at least one student")
-    _refuse_mixture("protocol", {run.protocol for run in runs})
-    _refuse_mixture("images digest", {run.images_digest for run in runs})
-    for earlier, later in itertools.pairwise(runs):
-        if earlier.order == later.order:
-            raise DiffstillError(f"{_named(later)} occurs twice in the scores; pass each scores folder once")
-    _refuse_gaps(runs)
-    return runs
-
-
-def _lines(path: Path) -> list[Run]:
-    if not path.is_file():
-        raise DiffstillError(f"{path}: missing; make the `scores` artifact anew with `evaluate`")
-    runs = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            runs.append(Run.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            knob = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise DiffstillError(f"{path}, line {number}: {knob}: {first['msg']}; make the `scores` artifact anew with `evaluate`") from error
-    return runs
-
-
-def _named(run: Run) -> str:
-    size = "all images" if run.images_per_class is None else f"{run.images_per_class} images per class"
-    return f"the run {run.source}, {run.student}, {size}, generation seed {run.generation_seed}, student seed {run.student_seed}"
-
-
-def _refuse_mixture(what: str, found: set[str]) -> None:
-    if len(found) > 1:
-        raise DiffstillError(f"scores of more than one {what}: {', '.join(sorted(found))}; they never share a table, so make one report for each")
-
-
-def _refuse_gaps(runs: Sequence[Run]) -> None:
-    """Every generation seed of a cell must have the same student seeds, or means over runs would weigh the seeds unequally."""
-    for cell in _by_column(runs).values():
-        students = {run.student_seed for run in cell}
-        for seed, found in _by_seed(cell).items():
-            if missing := students - {run.student_seed for run in found}:
-                raise DiffstillError(
-                    f"{cell[0].source}, {cell[0].student}, {cell[0].images_per_class} images per class: generation seed {seed} lacks "
-                    f"student seed {min(missing)} that others have; pass all scores of the experiment"
-                )
-
-
 def _refuse_other_images(runs: Sequence[Run], inputs: Inputs) -> None:
     """Scores must come from the very artifacts that the page shows."""
     if runs[0].images_digest != inputs.images.digest:
@@ -217,111 +127,6 @@ def _refuse_other_images(runs: Sequence[Run], inputs: Inputs) -> None:
                 raise DiffstillError(
                     f"{artifact.folder}: was made from another `{name}` ({digest}) than the report is given; pass the one `evaluate` used"
                 )
-
-
-def _by_column(runs: Iterable[Run]) -> dict[tuple[str, str, int | None], list[Run]]:
-    groups: dict[tuple[str, str, int | None], list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.column].append(run)
-    return dict(groups)
-
-
-def _by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
-    groups: dict[int | None, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.generation_seed].append(run)
-    return dict(groups)
-
-
-def table(runs: Sequence[Run]) -> list[Cell]:
-    """One cell per source, student and size, in the order of `runs`: summaries at the last epoch, gains, scores."""
-    groups = _by_column(runs)
-    means = {column: summary([run.accuracy_test for run in found]).mean for column, found in groups.items()}
-    return [_cell(found, groups, means) for found in groups.values()]
-
-
-def _cell(
-    runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]], means: Mapping[tuple[str, str, int | None], float]
-) -> Cell:
-    source, student, size = runs[0].source, runs[0].student, runs[0].images_per_class
-    tests = [run.accuracy_test for run in runs]
-    validations = [run.accuracy_val for run in runs if run.accuracy_val is not None]
-    rivals = [means[other] for other in means if other[1:] == (student, size)]
-    return Cell(
-        source=source,
-        student=student,
-        images_per_class=size,
-        test=summary(tests),
-        lowest=min(tests),
-        highest=max(tests),
-        validation=summary(validations) if validations else None,
-        best_test=summary([run.best_test for run in runs]),
-        best_step=summary([run.best_step for run in runs]).mean,
-        over_random=_over("random", runs, groups) if source in ("untuned", "distilled") else None,
-        over_untuned=_over("untuned", runs, groups) if source == "distilled" else None,
-        label_robust_score=_robust(runs[0], means),
-        leads=source != "full" and means[source, student, size] == max(rivals),
-    )
-
-
-def _over(base: Source, runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]]) -> Gain | None:
-    others = groups.get((base, *runs[0].column[1:]))
-    return gain(_seed_means(runs), _seed_means(others)) if others else None
-
-
-def _seed_means(runs: Sequence[Run]) -> list[float]:
-    """Mean test accuracy per generation seed: students on the same images are no independent samples."""
-    return [summary([run.accuracy_test for run in found]).mean for found in _by_seed(runs).values()]
-
-
-def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
-    """Difference of means in points with Welch's two-sided 95 % interval, one value (a fraction) per generation seed.
-
-    No interval with fewer than two values on a side, or where nothing varies.
-    """
-    ours, theirs = summary(values), summary(base)
-    points = 100 * (ours.mean - theirs.mean)
-    if ours.sd is None or theirs.sd is None or max(ours.sd, theirs.sd) < 1e-12:
-        return Gain(points, None, None)
-    variances = ours.sd**2 / ours.runs, theirs.sd**2 / theirs.runs
-    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (ours.runs - 1) + variances[1] ** 2 / (theirs.runs - 1))
-    half = 100 * float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(variances))
-    return Gain(points, points - half, points + half)
-
-
-def _robust(run: Run, means: Mapping[tuple[str, str, int | None], float]) -> float | None:
-    """LRS with hard labels; None for real sources and where random real or the full-data ceiling is absent."""
-    random, full = means.get(("random", run.student, run.images_per_class)), means.get(("full", run.student, None))
-    if run.source not in ("untuned", "distilled") or random is None or full is None:
-        return None
-    return label_robust_score(means[run.column], random, full)
-
-
-def metrics(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """The content of metrics.json: {student: {source: {"ipc<n>" or "all": numbers}}}; accuracies as fractions, gains in points."""
-    tree: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for cell in cells:
-        size = "all" if cell.images_per_class is None else f"ipc{cell.images_per_class}"
-        tree.setdefault(cell.student, {}).setdefault(cell.source, {})[size] = _numbers(cell)
-    return tree
-
-
-def _numbers(cell: Cell) -> dict[str, float]:
-    found: dict[str, float | None] = {"test_mean": cell.test.mean, "test_std": cell.test.sd}
-    if cell.validation:
-        found |= {"val_mean": cell.validation.mean, "val_std": cell.validation.sd}
-    for name, over in (("random", cell.over_random), ("untuned", cell.over_untuned)):
-        if over:
-            found |= {f"gain_over_{name}": over.points, f"gain_over_{name}_low": over.low, f"gain_over_{name}_high": over.high}
-    found["label_robust_score_hard"] = cell.label_robust_score
-    return {name: round(value, 6) for name, value in found.items() if value is not None} | {"runs": cell.test.runs}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": float(value)}
-    return flat
 
 
 def _accuracy_csv(cells: Sequence[Cell], protocol: str) -> str:
@@ -462,8 +267,8 @@ def _budget(runs: Sequence[Run]) -> str:
 def _repeats(runs: Sequence[Run]) -> str:
     """How many generation seeds and student seeds each cell has, by source where they differ."""
     shapes: dict[str, set[str]] = defaultdict(set)
-    for (source, _, _), cell in _by_column(run for run in runs if run.source != "full").items():
-        seeds = _by_seed(cell)
+    for (source, _, _), cell in by_column(run for run in runs if run.source != "full").items():
+        seeds = by_seed(cell)
         shapes[source].add(f"{plural(len(seeds), 'generation seed')} × {plural(len(cell) // len(seeds), 'student seed')}")
     every = {shape for found in shapes.values() for shape in found}
     if not every:

@@ -1,0 +1,298 @@
+"""Student runs: read and checked, gathered into the cells of a table, compared with intervals over generation seeds.
+
+Accuracies are fractions between 0 and 1, gains are in points. Figures compare only within one data set, protocol and student.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy import stats
+
+from diffstill.artifacts import Artifact
+from diffstill.errors import DiffstillError
+from diffstill.metrics import Summary, label_robust_score, summary
+
+Source = Literal["random", "untuned", "distilled", "full"]
+SCORES = "scores.jsonl"
+"""The file of runs, one JSON object a line, in `scores` and `report` artifacts."""
+SOURCE_NAMES: Mapping[Source, str] = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
+REAL: tuple[Source, ...] = ("random",)
+"""Real images of the same number: what a distilled set must beat."""
+Accuracy = Field(ge=0.0, le=1.0)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Accuracy above another source in points, with its 95 % interval; `low` and `high` are None where fewer than two seeds or no spread allow none."""
+
+    points: float
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> Literal["gain", "loss", "unclear", "unknown"]:
+        """Whether the interval is clear of zero, and on which side; unknown without an interval."""
+        if self.low is None or self.high is None:
+            return "unknown"
+        return "gain" if self.low > 0 else "loss" if self.high < 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one source, student and number of images per class (None for full data). Accuracies are fractions."""
+
+    source: Source
+    student: str
+    images_per_class: int | None
+    test: Summary
+    lowest: float
+    highest: float
+    validation: Summary | None
+    best_test: Summary
+    best_step: float
+    over_random: Gain | None
+    over_untuned: Gain | None
+    label_robust_score: float | None
+    leads: bool
+
+
+class Run(BaseModel):
+    """One line of `scores.jsonl`: one student, trained once. Accuracies are fractions; `accuracy_val` is None without a val split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: Source
+    student: str
+    images_per_class: int | None = Field(ge=1)
+    generation_seed: int | None
+    student_seed: int
+    protocol: str
+    steps: int
+    train_images: int
+    accuracy_test: float = Accuracy
+    accuracy_val: float | None = Accuracy
+    best_test: float = Accuracy
+    best_step: int
+    labels: Literal["hard"]
+    images_digest: str
+
+    @model_validator(mode="after")
+    def _full_has_no_size(self) -> Self:
+        if (self.source == "full") != (self.images_per_class is None) or (self.source == "full") != (self.generation_seed is None):
+            raise ValueError("images_per_class and generation_seed are null for `full`, and only for it")
+        return self
+
+    @property
+    def column(self) -> tuple[str, str, int | None]:
+        """What the runs of one cell of the table share."""
+        return self.source, self.student, self.images_per_class
+
+    @property
+    def order(self) -> tuple[int, str, int, int, int]:
+        """Where the run stands among all, whatever order the scores came in; no two runs may share it."""
+        return list(SOURCE_NAMES).index(self.source), self.student, self.images_per_class or 0, self.generation_seed or 0, self.student_seed
+
+
+def read_runs(scores: Sequence[Artifact]) -> list[Run]:
+    """All runs of all scores in a fixed order. Raises `DiffstillError` if they share no table (see `report`)."""
+    runs = sorted((run for artifact in scores for run in read_lines(artifact.folder / SCORES)), key=lambda run: run.order)
+    if not runs:
+        raise DiffstillError(f"{scores[0].folder}: no student run in the scores given; run `evaluate` with at least one student")
+    _refuse_mixture("protocol", {run.protocol for run in runs})
+    _refuse_mixture("images digest", {run.images_digest for run in runs})
+    for earlier, later in itertools.pairwise(runs):
+        if earlier.order == later.order:
+            raise DiffstillError(f"{_named(later)} occurs twice in the scores; pass each scores folder once")
+    _refuse_gaps(runs)
+    return runs
+
+
+def read_lines(path: Path) -> list[Run]:
+    """The runs of one file. Raises `DiffstillError` naming the first line that breaks the contract."""
+    if not path.is_file():
+        raise DiffstillError(f"{path}: missing; make the artifact that it belongs to anew")
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            runs.append(Run.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            knob = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise DiffstillError(f"{path}, line {number}: {knob}: {first['msg']}; make the artifact that it belongs to anew") from error
+    return runs
+
+
+def _named(run: Run) -> str:
+    size = "all images" if run.images_per_class is None else f"{run.images_per_class} images per class"
+    return f"the run {run.source}, {run.student}, {size}, generation seed {run.generation_seed}, student seed {run.student_seed}"
+
+
+def _refuse_mixture(what: str, found: set[str]) -> None:
+    if len(found) > 1:
+        raise DiffstillError(f"scores of more than one {what}: {', '.join(sorted(found))}; they never share a table, so make one report for each")
+
+
+def _refuse_gaps(runs: Sequence[Run]) -> None:
+    """Every generation seed of a cell must have the same student seeds, or means over runs would weigh the seeds unequally."""
+    for cell in by_column(runs).values():
+        students = {run.student_seed for run in cell}
+        for seed, found in by_seed(cell).items():
+            if missing := students - {run.student_seed for run in found}:
+                raise DiffstillError(
+                    f"{cell[0].source}, {cell[0].student}, {cell[0].images_per_class} images per class: generation seed {seed} lacks "
+                    f"student seed {min(missing)} that others have; pass all scores of the experiment"
+                )
+
+
+def by_column(runs: Iterable[Run]) -> dict[tuple[str, str, int | None], list[Run]]:
+    """Runs by source, student and images per class."""
+    groups: dict[tuple[str, str, int | None], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.column].append(run)
+    return dict(groups)
+
+
+def by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
+    """Runs by generation seed."""
+    groups: dict[int | None, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.generation_seed].append(run)
+    return dict(groups)
+
+
+def table(runs: Sequence[Run]) -> list[Cell]:
+    """One cell per source, student and size, in the order of `runs`: summaries at the last epoch, gains, scores."""
+    groups = by_column(runs)
+    means = {column: summary([run.accuracy_test for run in found]).mean for column, found in groups.items()}
+    return [_cell(found, groups, means) for found in groups.values()]
+
+
+def _cell(
+    runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]], means: Mapping[tuple[str, str, int | None], float]
+) -> Cell:
+    source, student, size = runs[0].source, runs[0].student, runs[0].images_per_class
+    tests = [run.accuracy_test for run in runs]
+    validations = [run.accuracy_val for run in runs if run.accuracy_val is not None]
+    rivals = [means[other] for other in means if other[1:] == (student, size)]
+    return Cell(
+        source=source,
+        student=student,
+        images_per_class=size,
+        test=summary(tests),
+        lowest=min(tests),
+        highest=max(tests),
+        validation=summary(validations) if validations else None,
+        best_test=summary([run.best_test for run in runs]),
+        best_step=summary([run.best_step for run in runs]).mean,
+        over_random=_over("random", runs, groups) if source in ("untuned", "distilled") else None,
+        over_untuned=_over("untuned", runs, groups) if source == "distilled" else None,
+        label_robust_score=_robust(runs[0], means),
+        leads=source != "full" and means[source, student, size] == max(rivals),
+    )
+
+
+def _over(base: Source, runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]]) -> Gain | None:
+    others = groups.get((base, *runs[0].column[1:]))
+    return gain(_seed_means(runs), _seed_means(others)) if others else None
+
+
+def _seed_means(runs: Sequence[Run]) -> list[float]:
+    """Mean test accuracy per generation seed: students on the same images are no independent samples."""
+    return [summary([run.accuracy_test for run in found]).mean for found in by_seed(runs).values()]
+
+
+def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
+    """Difference of means in points with Welch's two-sided 95 % interval, one value (a fraction) per generation seed.
+
+    No interval with fewer than two values on a side, or where nothing varies.
+    """
+    ours, theirs = summary(values), summary(base)
+    points = 100 * (ours.mean - theirs.mean)
+    if ours.sd is None or theirs.sd is None or max(ours.sd, theirs.sd) < 1e-12:
+        return Gain(points, None, None)
+    variances = ours.sd**2 / ours.runs, theirs.sd**2 / theirs.runs
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (ours.runs - 1) + variances[1] ** 2 / (theirs.runs - 1))
+    half = 100 * float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(variances))
+    return Gain(points, points - half, points + half)
+
+
+def _robust(run: Run, means: Mapping[tuple[str, str, int | None], float]) -> float | None:
+    """LRS with hard labels; None for real sources and where random real or the full-data ceiling is absent."""
+    random, full = means.get(("random", run.student, run.images_per_class)), means.get(("full", run.student, None))
+    if run.source not in ("untuned", "distilled") or random is None or full is None:
+        return None
+    return label_robust_score(means[run.column], random, full)
+
+
+def metrics(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """The content of metrics.json: {student: {source: {"ipc<n>" or "all": numbers}}}; accuracies as fractions, gains in points."""
+    tree: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for cell in cells:
+        size = "all" if cell.images_per_class is None else f"ipc{cell.images_per_class}"
+        tree.setdefault(cell.student, {}).setdefault(cell.source, {})[size] = _numbers(cell)
+    return tree
+
+
+def _numbers(cell: Cell) -> dict[str, float]:
+    found: dict[str, float | None] = {"test_mean": cell.test.mean, "test_std": cell.test.sd}
+    if cell.validation:
+        found |= {"val_mean": cell.validation.mean, "val_std": cell.validation.sd}
+    for name, over in (("random", cell.over_random), ("untuned", cell.over_untuned)):
+        if over:
+            found |= {f"gain_over_{name}": over.points, f"gain_over_{name}_low": over.low, f"gain_over_{name}_high": over.high}
+    found["label_robust_score_hard"] = cell.label_robust_score
+    return {name: round(value, 6) for name, value in found.items() if value is not None} | {"runs": cell.test.runs}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers by names with slashes."""
+    found: dict[str, float] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": float(value)}
+    return found
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A distilled set of one size on the val split: mean accuracy over students per generation seed, and the gain over the best real baseline."""
+
+    images_per_class: int
+    accuracies: tuple[float, ...]
+    baseline: Source
+    gain: Gain
+
+
+def validations(runs: Sequence[Run]) -> list[Validation]:
+    """One for each size that was judged on val beside a real baseline by the same students, ascending; empty without a val split."""
+    sizes = sorted({run.images_per_class for run in runs if run.source == "distilled" and run.images_per_class})
+    return [found for size in sizes if (found := _validation(runs, size))]
+
+
+def _validation(runs: Sequence[Run], size: int) -> Validation | None:
+    ours = _seed_validations(runs, "distilled", size)
+    alike = [source for source in REAL if _students(runs, source, size) == _students(runs, "distilled", size)]
+    rivals = {source: found for source in alike if (found := _seed_validations(runs, source, size))}
+    if not ours or not rivals:
+        return None
+    best = max(rivals, key=lambda source: summary(rivals[source]).mean)
+    return Validation(size, tuple(ours), best, gain(ours, rivals[best]))
+
+
+def _students(runs: Sequence[Run], source: Source, size: int) -> set[str]:
+    return {run.student for run in runs if (run.source, run.images_per_class) == (source, size)}
+
+
+def _seed_validations(runs: Sequence[Run], source: Source, size: int) -> list[float]:
+    """Mean val accuracy per generation seed, over students and their seeds; empty if one was not judged on val."""
+    found = [run for run in runs if (run.source, run.images_per_class) == (source, size)]
+    if any(run.accuracy_val is None for run in found):
+        return []
+    return [summary([run.accuracy_val for run in own if run.accuracy_val is not None]).mean for own in by_seed(found).values()]
