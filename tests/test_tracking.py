@@ -1,18 +1,25 @@
 """Tracking, against a real MLflow on sqlite: one parent per chain, a nested run per stage, and clear words when it does not answer."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier, Thread
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from chains import Chain
-from diffstill.config import Params, preset
+from diffstill.artifacts import Artifact, Manifest, read_manifest
+from diffstill.config import Params, load_params, preset
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.run import run_stage
-from diffstill.tracking import git_sha, stage_run, tracking_uri
+from diffstill.tracking import DESCRIPTION, _called, _dataset, git_sha, open_chain, stage_run, tracking_uri
+from servers import mlflow_server
 
 TINY = preset("tiny")
 
@@ -67,7 +74,7 @@ def test_stages_of_one_chain_share_a_parent(runs):
     assert sorted(run.info.run_name for run in nested) == ["prepare", "sample"]
     assert parents[0].data.tags["diffstill.dataset"] == "digits"
     assert parents[0].data.tags["diffstill.git_sha"] == "none"
-    assert parents[0].info.run_name.startswith("digits ipc2 redundancy ")
+    assert parents[0].info.run_name.startswith("digits IPC 2, redundancy, guidance 1.5 #")
 
 
 def test_another_process_finds_the_parent(runs, database):
@@ -102,6 +109,9 @@ def test_the_report_finishes_the_chain(runs):
     assert [run.info.status for run in runs() if "diffstill.chain" in run.data.tags] == ["RUNNING"]
     with stage("report"):
         pass
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+    with stage("publish"):
+        assert "RUNNING" in {run.info.status for run in runs() if "diffstill.chain" in run.data.tags}
     assert {run.info.status for run in runs()} == {"FINISHED"}
 
 
@@ -163,6 +173,29 @@ def test_metrics_have_steps(runs):
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
 
 
+def test_pictures_have_steps(runs, tmp_path):
+    """MLflow's page finds them by the names of the files, and shows them where a tag says that there are some."""
+    pictures = {step: Image.new("L", (8, 8), step) for step in (0, 7)}
+    with stage("finetune") as run:
+        for step, picture in pictures.items():
+            run.image("seed-0/preview", picture, step)
+    (logged,) = runs(**{"diffstill.stage": "finetune"})
+    assert logged.data.tags["mlflow.loggedImages"] == "True"
+    paths = [file.path for file in runs.client.list_artifacts(logged.info.run_id, "images") if file.path.endswith(".png")]
+    assert sorted(path.split("+timestamp+")[0] for path in paths) == ["images/seed-0~preview+step+0", "images/seed-0~preview+step+7"]
+    for path in paths:
+        with Image.open(runs.client.download_artifacts(logged.info.run_id, path, str(tmp_path))) as found:
+            assert np.array_equal(found, pictures[int(path.split("+")[2])])
+
+
+def test_fine_tuning_shows_what_it_draws(runs, tiny_chain: Chain, tmp_path):
+    paths = {name: tiny_chain.artifacts / name for name in ("latents", "generator")}
+    run_stage("finetune", tiny_chain.params.finetune, {**paths, "denoiser": tmp_path / "denoiser"}, params=tiny_chain.params)
+    (run,) = runs(**{"diffstill.stage": "finetune"})
+    pictures = [file.path for file in runs.client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert sorted(int(path.split("+")[2]) for path in pictures) == [0, 5, 10, 12]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_stage_is_marked_and_its_error_goes_on(error, runs):
     def fail():
@@ -174,7 +207,165 @@ def test_a_failed_stage_is_marked_and_its_error_goes_on(error, runs):
     assert [run.info.status for run in runs(**{"diffstill.stage": "encode"})] == ["FAILED"]
 
 
-# --- off, and out of reach ----------------------------------------------------------------------------------------
+# --- where the data come from -------------------------------------------------------------------------------------
+
+
+def data_of(run) -> list:
+    return [given.dataset for given in run.inputs.dataset_inputs]
+
+
+def test_every_stage_with_images_says_which(runs, tiny_chain: Chain, tmp_path):
+    """Made, taken, taken again and made anew: one data set on each run, and one on the chain's."""
+    params, images = tiny_chain.params, tmp_path / "images"
+    run_stage("prepare", params.prepare, {"images": images}, params=params)
+    run_stage("prepare", params.prepare, {"images": images}, params=params)
+    for name in ("first", "second"):
+        run_stage(
+            "encode", params.encode, {"images": images, "generator": tiny_chain.artifacts / "generator", "latents": tmp_path / name}, params=params
+        )
+    run_stage("sample", params.sample, {"generator": tiny_chain.artifacts / "generator", "distilled": tmp_path / "distilled"}, params=params)
+    digest = read_manifest(images, "images").digest
+    found = {run.info.run_id: data_of(run) for run in runs() if run.data.tags.get("diffstill.stage") != "sample"}
+    assert len(found) == 1 + 4
+    for (one,) in found.values():
+        assert (one.name, one.digest, one.source_type) == ("digits", digest[:12], "local")
+        assert json.loads(one.profile) == {
+            "classes": 3, "test_images": 107, "train_images": 387, "val_images": 43, "side": 8, "sha256": digest
+        }  # fmt: skip
+    assert [data_of(run) for run in runs(**{"diffstill.stage": "sample"})] == [[]]
+    (parent,) = [run for run in runs() if "diffstill.chain" in run.data.tags]
+    assert parent.data.tags["diffstill.classes"] == "3"
+
+
+def test_steps_at_the_same_time_may_say_the_same(runs, tiny_chain: Chain):
+    images, errors = read_manifest(tiny_chain.artifacts / "images", "images"), []
+    with ExitStack() as open_runs:
+        steps = [open_runs.enter_context(stage("encode")) for _ in range(6)]
+        together = Barrier(len(steps))
+
+        def tell(step):
+            together.wait()
+            try:
+                step.data(images)
+            except DiffstillError as error:
+                errors.append(error)
+
+        threads = [Thread(target=tell, args=[step]) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    assert [len(data_of(run)) for run in runs()] == [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("source", "location", "name", "kind", "where"),
+    [
+        ("digits", None, "digits", "local", {"uri": "sklearn.datasets.load_digits"}),
+        ("fashion-mnist", "https://data.example/fashion", "fashion-mnist", "http", {"url": "https://data.example/fashion"}),
+        ("folder", "/data/birds/", "birds", "local", {"uri": "/data/birds/"}),
+        ("folder", "s3://bucket/sets/birds", "birds", "s3", {"uri": "s3://bucket/sets/birds"}),
+        (
+            "folder",
+            "dvc+https://git.example/zoo.git?rev=0a1b&path=sets/birds&md5=00112233445566778899aabbccddeeff.dir",
+            "birds",
+            "external",
+            {"url": "dvc+https://git.example/zoo.git?rev=0a1b&path=sets/birds&md5=00112233445566778899aabbccddeeff.dir"},
+        ),
+        ("folder", None, "folder", "local", {"uri": "folder"}),
+        ("folder", ".", "folder", "local", {"uri": "."}),
+    ],
+)
+def test_a_data_set_has_a_name_and_a_place(source, location, name, kind, where):
+    facts = {"classes": ["a", "b"], "side": 8, "counts": {"train": {"a": 3, "b": 4}}}
+    config = {"source": source, "location": location}
+    images = Artifact(Path("images"), Manifest(kind="images", config=config, inputs={}, facts=facts, files={}))
+    found = _dataset(images)
+    assert _called(source, location) == found.name == name
+    assert (found.source_type, json.loads(found.source)) == (kind, where)
+    assert len(found.digest) <= 36
+    assert json.loads(found.profile)["train_images"] == 7
+
+
+# --- what a browser reads -----------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_found_by_what_it_is(runs):
+    with stage("prepare"):
+        pass
+    known = {"dataset": "digits", "ipc": "2", "policy": "redundancy", "guidance": "1.5", "protocol": "short-20", "git_sha": "none"}
+    (found,) = runs(**{f"diffstill.{name}": value for name, value in known.items()})
+    assert "diffstill.chain" in found.data.tags
+    assert runs(**{f"diffstill.{name}": value for name, value in (known | {"ipc": "3"}).items()}) == []
+
+
+def test_a_chain_describes_itself_and_how_to_repeat_it(runs, database, tmp_path):
+    folder = TINY.model_copy(update={"prepare": TINY.prepare.model_copy(update={"source": "folder", "location": str(database / "birds")})})
+    open_chain(folder)
+    (parent,) = runs()
+    text = parent.data.tags[DESCRIPTION]
+    for told in ("**birds**", "**2 images per class**", "redundancy", "convnet-2, protocol short-20", "with diffstill ", "`params.json`"):
+        assert told in text
+    for name in TINY.STAGES:
+        assert f"\n- `{name}`: " in text
+    assert str(database) not in text
+    assert os.uname().nodename not in text
+    assert load_params(Path(runs.client.download_artifacts(parent.info.run_id, "params.json", str(tmp_path)))) == folder
+
+
+def test_a_stage_says_what_it_is(runs):
+    for name in TINY.STAGES:
+        with stage(name):
+            pass
+        (run,) = runs(**{"diffstill.stage": name})
+        purpose = Params.model_fields[name].description
+        assert run.data.tags[DESCRIPTION].lower() == f"{purpose.lower()}."
+        assert run.data.tags[DESCRIPTION][0].isupper()
+
+
+def test_an_experiment_is_described_once(runs, request):
+    with stage("prepare"):
+        pass
+    experiment = runs.client.get_experiment_by_name(request.node.name)
+    assert experiment.tags[DESCRIPTION].startswith("Small synthetic image sets")
+    runs.client.set_experiment_tag(experiment.experiment_id, DESCRIPTION, "mine")
+    with stage("encode"):
+        pass
+    assert runs.client.get_experiment_by_name(request.node.name).tags[DESCRIPTION] == "mine"
+
+
+def test_the_commit_stands_where_mlflow_shows_it(runs, monkeypatch):
+    for sha, told in (
+        ("0123456789abcdef", "at commit `0123456789abcdef`, `"),
+        ("0123456789abcdef-dirty", "`0123456789abcdef` (files differed from it), `"),
+    ):
+        monkeypatch.setenv("DIFFSTILL_REVISION", sha)
+        with stage("prepare"):
+            pass
+        (parent,) = [run for run in runs(**{"diffstill.git_sha": sha}) if "diffstill.chain" in run.data.tags]
+        (step,) = [run for run in runs(**{"diffstill.git_sha": sha}) if "diffstill.stage" in run.data.tags]
+        assert told in parent.data.tags[DESCRIPTION]
+        assert parent.data.tags["mlflow.source.git.commit"] == step.data.tags["mlflow.source.git.commit"] == "0123456789abcdef"
+
+
+# --- a server, off, and out of reach ------------------------------------------------------------------------------
+
+
+def test_a_server_gets_everything_and_its_credentials_are_not_printed(tiny_chain: Chain, tmp_path, monkeypatch, capfd):
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", raising=False)
+    with mlflow_server(tmp_path) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("//", "//me:s3cr3t@"))
+        with stage("finetune") as run:
+            run.data(read_manifest(tiny_chain.artifacts / "images", "images"))
+            run.image("seed-0/preview", Image.new("RGB", (8, 8), "red"), 3)
+        client = MlflowClient(url)
+        found = client.search_runs([client.get_experiment_by_name("diffstill").experiment_id])
+        assert [[one.name for one in data_of(run)] for run in found] == [["digits"], ["digits"]]
+        assert len(client.list_artifacts(next(run.info.run_id for run in found if "diffstill.stage" in run.data.tags), "images")) == 2
+    assert "s3cr3t" not in "".join(capfd.readouterr())
 
 
 def test_none_switches_tracking_off(tmp_path, monkeypatch):

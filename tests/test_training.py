@@ -64,6 +64,23 @@ def problem(seed=0):
     return weights, lambda step: (inputs[step] @ weights[0] + weights[1]).square().mean()
 
 
+def test_the_average_is_lent_and_given_back():
+    """Bit for bit, also where the block fails; and training goes on as if nothing had been."""
+    (weights, loss_at), (others, other_loss_at) = problem(), problem()
+    training, undisturbed = Training(weights, 1e-2, 0.5), Training(others, 1e-2, 0.5)
+    for step in range(6):
+        own, average = [weight.detach().clone() for weight in weights], [value.clone() for value in training.average]
+        with training.averaged():
+            assert all(torch.equal(weight, value) for weight, value in zip(weights, average, strict=True))
+        with pytest.raises(ZeroDivisionError), training.averaged():
+            raise ZeroDivisionError
+        assert all(torch.equal(a, b) for a, b in zip((*weights, *training.average), (*own, *average), strict=True))
+        training.advance(loss_at(step))
+        undisturbed.advance(other_loss_at(step))
+    assert all(torch.equal(a, b) for a, b in zip((*weights, *training.average), (*others, *undisturbed.average), strict=True))
+    assert not torch.equal(weights[0], training.average[0])
+
+
 def test_steps_and_average_agree_with_plain_adamw_and_the_recursion():
     weights, loss_at = problem()
     training = Training(weights, 1e-2, 0.5, weight_decay=0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffstill import torchvision_shim  # noqa: F401  (before diffusers)
+from diffstill.diffusion import sample_latents
 from diffstill.errors import DiffstillError
 
 if TYPE_CHECKING:
@@ -76,6 +77,22 @@ class Generator:
     def predict_noise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The predicted noise alone, (N,C,h,w)."""
         return self.predict(x_t, t, labels)[:, : x_t.shape[1]]
+
+    @torch.inference_mode()
+    def draw(self, labels: Sequence[int], noise: Sequence[torch.Generator], *, sampler: str, steps: int, guidance: float) -> Tensor:
+        """Images (N, channels, side, side), about -1..1, of the classes `labels`; image n from the CPU generator n of `noise` alone."""
+        uses_variance = sampler == "ddpm" and self.learned_variance
+        latents = sample_latents(
+            self.predict if uses_variance else self.predict_noise,
+            build_scheduler(sampler, self.scheduler, learned_variance=uses_variance),
+            torch.tensor(labels, device=next(self.transformer.parameters()).device),
+            noise,
+            shape=self.latent_shape,
+            null_label=self.null_label,
+            guidance=guidance,
+            steps=steps,
+        )
+        return self.decode(latents)
 
     def to(self, device: str) -> Generator:
         """The same generator on `device`."""

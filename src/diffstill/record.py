@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Progress(Protocol):
@@ -27,6 +30,10 @@ class Record(Protocol):
         """Log a file (a contact sheet, a figure, a page) by the name it has."""
         ...
 
+    def image(self, name: str, draw: Callable[[], Image], step: int) -> None:
+        """Log a picture at `step`, one of a series called `name`; nobody draws what nobody looks at."""
+        ...
+
     def progress(self, description: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Progress]:
         """Open a progress bar over `total` units, `done` of them finished earlier."""
         ...
@@ -42,6 +49,9 @@ class _Ignore:
         pass
 
     def file(self, path: Path) -> None:
+        pass
+
+    def image(self, name: str, draw: Callable[[], Image], step: int) -> None:
         pass
 
     @contextmanager

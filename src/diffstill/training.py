@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -75,6 +76,19 @@ class Training:
     def adopt_average(self) -> None:
         """Replace the weights by their average."""
         torch._foreach_copy_(self.weights, self.average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; afterwards its own again, bit for bit. Nothing is copied."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for weight, average in zip(self.weights, self.average, strict=True):
+            weight.data, average.data = average.data, weight.data
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Groups of tensors for `pack`; `load` is the inverse."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from chains import Chain, contents
 from diffstill.artifacts import open_artifact
 from diffstill.config import FinetuneConfig, Params
 from diffstill.errors import DiffstillError
 from diffstill.networks import load_generator
+from diffstill.pictures import contact_sheet, read_png
 from diffstill.record import Progress
-from diffstill.stages.finetune import METRICS, _Finetune, _Latents, finetune
+from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, _Finetune, _Latents, finetune
+from diffstill.stages.sample import sample
 from slow_memory import SlowMemory
 
 
@@ -159,6 +163,8 @@ class KillAfter:
 
     def file(self, path: Path) -> None: ...
 
+    def image(self, name: str, draw: Callable[[], Image.Image], step: int) -> None: ...
+
     @contextmanager
     def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
         yield self
@@ -207,3 +213,112 @@ def test_divergence_is_an_error_and_leaves_nothing(tiny_chain: Chain, tmp_path: 
     with pytest.raises(DiffstillError, match=r"not finite at step \d+: fine-tuning diverged; lower `finetune.learning_rate`"):
         finetune(config, latents=tiny_chain.artifacts / "latents", generator=tiny_chain.artifacts / "generator", denoiser=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- previews -----------------------------------------------------------------------------------------------------
+
+
+class Gallery(KillAfter):
+    """A record that keeps the pictures, and stops the stage in the middle if asked to."""
+
+    def __init__(self, updates: int = 1000) -> None:
+        super().__init__(updates)
+        self.shown: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+
+    def image(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
+        self.shown[name, step] = np.asarray(draw())
+
+
+def inputs_of(chain: Chain) -> dict[str, Path]:
+    return {"latents": chain.artifacts / "latents", "generator": chain.artifacts / "generator"}
+
+
+def weights_in(denoiser: Path) -> dict[str, str]:
+    """Everything that was learned; the manifest names the knobs, so it differs where `preview_every` does."""
+    return {name: digest for name, digest in contents(denoiser).items() if name.startswith("seed-")}
+
+
+def test_previews_change_no_weight(tiny_chain: Chain, tmp_path: Path) -> None:
+    """On, off, not looked at, and after a resume: the same bytes. What was shown before the kill is not shown again."""
+    config = {"steps": 11, "checkpoint_every": 4, "batch_size": 7}
+    looked_at, again, resumed = Gallery(), Gallery(7), Gallery()
+    finetune(settings_of(tiny_chain, preview_every=0, **config), **inputs_of(tiny_chain), denoiser=tmp_path / "off")
+    finetune(settings_of(tiny_chain, preview_every=3, **config), **inputs_of(tiny_chain), denoiser=tmp_path / "ignored")
+    finetune(settings_of(tiny_chain, preview_every=3, **config), **inputs_of(tiny_chain), denoiser=tmp_path / "on", record=looked_at)
+    with pytest.raises(_Killed):
+        finetune(settings_of(tiny_chain, preview_every=3, **config), **inputs_of(tiny_chain), denoiser=tmp_path / "resumed", record=again)
+    finetune(settings_of(tiny_chain, preview_every=3, **config), **inputs_of(tiny_chain), denoiser=tmp_path / "resumed", record=resumed)
+    assert weights_in(tmp_path / "off") == weights_in(tmp_path / "on")
+    assert contents(tmp_path / "ignored") == contents(tmp_path / "on") == contents(tmp_path / "resumed")
+    assert [step for _, step in looked_at.shown] == [0, 3, 6, 9, 11]
+    assert [step for _, step in again.shown] == [0, 3, 6]
+    assert [step for _, step in resumed.shown] == [6, 9, 11]  # from the checkpoint of step 4
+    for record in (again, resumed):
+        for at, picture in record.shown.items():
+            assert np.array_equal(picture, looked_at.shown[at])
+    pictures = [picture.tobytes() for picture in looked_at.shown.values()]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_previews_are_switched_off_by_zero(tiny_chain: Chain, tmp_path: Path) -> None:
+    record = Gallery()
+    finetune(settings_of(tiny_chain, preview_every=0, steps=2), **inputs_of(tiny_chain), denoiser=tmp_path / "out", record=record)
+    assert record.shown == {}
+
+
+def test_the_preset_shows_the_first_and_the_last_step_of_each_seed(tiny_chain: Chain, tmp_path: Path) -> None:
+    record = Gallery()
+    finetune(settings_of(tiny_chain, seeds=[0, 5]), **inputs_of(tiny_chain), denoiser=tmp_path / "out", record=record)
+    assert list(record.shown) == [(f"seed-{seed}/preview", step) for seed in (0, 5) for step in (0, 5, 10, 12)]
+
+
+def test_a_preview_is_what_the_weights_draw(tiny_chain: Chain, tmp_path: Path) -> None:
+    """The first shows images of the untuned generator, the last those of the denoiser, as stage `sample` draws them."""
+    record = Gallery()
+    finetune(settings_of(tiny_chain), **inputs_of(tiny_chain), denoiser=tmp_path / "denoiser", record=record)
+    knobs = {"images_per_class": SHOWN_IMAGES, "seeds": [0], "guidance": 1.0, "sampler": "ddim", "steps": PREVIEW_STEPS}
+    values = tiny_chain.params.model_dump(mode="json")
+    config = Params.model_validate_json(json.dumps(values | {"sample": values["sample"] | knobs})).sample
+    for step, denoiser in ((0, None), (12, tmp_path / "denoiser")):
+        folder = tmp_path / f"drawn-{step}"
+        sample(config, generator=tiny_chain.artifacts / "generator", denoiser=denoiser, distilled=folder)
+        rows = [[read_png(folder / "seed-0" / name / f"{number:05d}.png") for number in range(SHOWN_IMAGES)] for name in ("0", "1", "2")]
+        expected = np.asarray(contact_sheet(np.array(rows)))
+        shown = record.shown["seed-0/preview", step]
+        assert shown.shape == expected.shape
+        assert np.abs(shown.astype(int) - expected).max() <= 1  # another batch size may change rounding
+
+
+def test_a_preview_touches_neither_weights_nor_random_streams(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, steps=4)
+    for _ in range(3):
+        run.step()
+    before = {key: array.copy() for key, array in run._state().items()}
+    draws, stream = run.draw(3), torch.get_rng_state()
+    run._sheet()
+    assert torch.equal(torch.get_rng_state(), stream)
+    after = run._state()
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert np.array_equal(array, after[key]), key
+    for a, b in zip(vars(draws).values(), vars(run.draw(3)).values(), strict=True):
+        assert torch.equal(a, b)
+    own = dict(run.opened.transformer.named_parameters())
+    assert all(own[name] is weight and weight.requires_grad for name, weight in zip(run.names, run.training.weights, strict=True))
+
+
+def test_a_large_generator_is_previewed_some_classes_at_a_time(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many images at once as training takes, and of the first classes only."""
+    whole = np.asarray(tuning(tiny_chain, batch_size=100)._sheet())
+    small = np.asarray(tuning(tiny_chain, batch_size=5)._sheet())
+    assert np.abs(small.astype(int) - whole).max() <= 1
+    monkeypatch.setattr("diffstill.stages.finetune.SHOWN_CLASSES", 2)
+    fewer = np.asarray(tuning(tiny_chain, batch_size=100)._sheet())
+    assert np.abs(fewer.astype(int) - whole[: len(whole) * 2 // 3]).max() <= 1
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_divergence_is_told_with_previews_too(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = settings_of(tiny_chain, learning_rate=1e30, steps=6, preview_every=1)
+    with pytest.raises(DiffstillError, match=r"not finite at step \d+: fine-tuning diverged"):
+        finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "out", record=Gallery())

@@ -8,26 +8,32 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffstill.artifacts import Array, Artifact, WorkFolder, new_artifact, open_artifact, read_shards, refuse_foreign
+from diffstill.artifacts import Array, Artifact, WorkFolder, new_artifact, open_artifact, read_shards, refuse_foreign, to_pixels
 from diffstill.config import FinetuneConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicted_clean
 from diffstill.errors import DiffstillError
 from diffstill.memory import ClassMemory, diversity, representativeness
 from diffstill.networks import Generator, choose_trainable, load_generator
+from diffstill.pictures import contact_sheet
 from diffstill.record import Record, ignore
 from diffstill.training import Training, balanced_indices, batch_indices, pack, seeded, set_threads, unpack
 
 METRICS = ("loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
 FINETUNE = 3  # the first number of a draw's key, after the seed
+SHOWN_CLASSES, SHOWN_IMAGES = 10, 4
+"""Rows and columns of a preview."""
+PREVIEW_STEPS = 10
+"""Sampling steps of a preview: enough to see what the weights have learned, and soon done."""
 
 
 def finetune(
@@ -197,17 +203,41 @@ class _Finetune:
         saved = work.load(name)
         if saved is not None:
             self._load(saved)
+        else:
+            self._preview(record)
         with record.progress(
             f"finetune {name}", self.config.steps * self.config.batch_size, "img", self.training.done * self.config.batch_size
         ) as bar:
             while self.training.done < self.config.steps:
                 self.step()
                 bar.update(self.config.batch_size)
+                self._preview(record)
                 if self.training.done % self.config.checkpoint_every == 0 or self.training.done == self.config.steps:
                     self._refuse_divergence()
                     work.save(name, self._state())
         for step, values in self._rows():
             record.metrics({f"{name}/{metric}": value for metric, value in values.items()}, step)
+
+    def _preview(self, record: Record) -> None:
+        """Show what the averaged weights draw, where that is due: before the first step, every so often, after the last."""
+        every, done = self.config.preview_every, self.training.done
+        if every and (done % every == 0 or done == self.config.steps):
+            self._refuse_divergence()
+            record.image(f"seed-{self.seed}/preview", self._sheet, done)
+
+    def _sheet(self) -> Image:
+        """A row per class, each image from the noise that `sample` gives it, without guidance."""
+        rows, steps = min(SHOWN_CLASSES, self.data.classes), min(PREVIEW_STEPS, len(self.alphas_cumprod))
+        slots = [(label, number) for label in range(rows) for number in range(SHOWN_IMAGES)]
+        batches = [slots[start : start + self.config.batch_size] for start in range(0, len(slots), self.config.batch_size)]
+        with self.training.averaged():
+            drawn = torch.cat([self._draw_preview(batch, steps) for batch in batches])
+        drawn = drawn.nan_to_num()  # of weights that have just diverged; the next loss tells
+        return contact_sheet(to_pixels(drawn.float().cpu().numpy()).reshape(rows, SHOWN_IMAGES, *drawn.shape[1:]))
+
+    def _draw_preview(self, slots: Sequence[tuple[int, int]], steps: int) -> Tensor:
+        noise = [seeded(self.seed, *slot) for slot in slots]
+        return self.opened.draw([label for label, _ in slots], noise, sampler="ddim", steps=steps, guidance=1.0)
 
     def _refuse_divergence(self) -> None:
         finite = self.history.isfinite().all(dim=1)

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from diffstill.artifacts import Array, Artifact, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import SampleConfig
-from diffstill.diffusion import sample_latents
 from diffstill.errors import DiffstillError
-from diffstill.networks import Generator, apply_delta, build_scheduler, load_generator
+from diffstill.networks import Generator, apply_delta, load_generator
 from diffstill.pictures import contact_sheet, read_png, save_png, to_image
 from diffstill.record import Record, ignore
 from diffstill.shards import Share
@@ -152,21 +151,11 @@ def _chunks(config: SampleConfig, labels: list[int], seeds: tuple[int, ...]) -> 
     return [slots[start : start + config.chunk_size] for start in range(0, len(slots), config.chunk_size)]
 
 
-@torch.inference_mode()
 def _draw(config: SampleConfig, opened: Generator, slots: list[_Slot]) -> Array:
     """The images of `slots`: uint8 (N, channels, side, side)."""
-    uses_variance = config.sampler == "ddpm" and opened.learned_variance
-    latents = sample_latents(
-        opened.predict if uses_variance else opened.predict_noise,
-        build_scheduler(config.sampler, opened.scheduler, learned_variance=uses_variance),
-        torch.tensor([slot.label for slot in slots], device=next(opened.transformer.parameters()).device),
-        [slot.generator() for slot in slots],
-        shape=opened.latent_shape,
-        null_label=opened.null_label,
-        guidance=config.guidance,
-        steps=config.steps,
-    )
-    return to_pixels(opened.decode(latents).float().cpu().numpy())
+    labels, noise = [slot.label for slot in slots], [slot.generator() for slot in slots]
+    drawn = opened.draw(labels, noise, sampler=config.sampler, steps=config.steps, guidance=config.guidance)
+    return to_pixels(drawn.float().cpu().numpy())
 
 
 def _finish_set(folder: Path, seed: int, names: list[str], images_per_class: int) -> None:
