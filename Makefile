@@ -42,7 +42,7 @@ check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/codespell src components pipelines docker tests docs README.md CHANGELOG.md Makefile dvc.yaml
+	$(BIN)/codespell src components pipelines docker tests docs benchmarks examples README.md CHANGELOG.md Makefile dvc.yaml
 
 DOCKER ?= docker
 TARGETS ?= cpu
@@ -63,10 +63,13 @@ images-push: setup  ## push to REGISTRY=host/name and write docker/images.lock
 test-containers: setup  ## build the images and test them; root, Docker is installed and started where missing
 	@tests/containers/run
 
+test-stack: setup  ## tests against Ceph, PostgreSQL and MLflow's server; installs what is missing as root
+	@tests/stack/run
+
 ui: setup  ## browse the demo's runs in MLflow
 	cd $(DEMO) && $(CURDIR)/$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean:  ## remove the demo and all caches, keep the environment
 	rm -rf build .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo lock test test-slow check images images-scan images-push test-containers ui clean
+.PHONY: help setup demo lock test test-slow check images images-scan images-push test-containers test-stack ui clean

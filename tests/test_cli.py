@@ -310,7 +310,8 @@ def test_help_lists_every_command():
     for name, command in main.commands.items():
         assert f"  {name} " in stdout
         assert command.get_short_help_str()
-    assert set(main.commands) == {*STAGES, "run", "summary", "show", "schema", "preset", "doctor", "completion"}
+    versions = {"list", "search", "card", "download", "export", "lineage", "compare", "reproduce", "promote", "deprecate"}
+    assert set(main.commands) == {*STAGES, *versions, "run", "summary", "show", "schema", "preset", "doctor", "completion"}
 
 
 def test_version():

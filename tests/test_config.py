@@ -1,6 +1,7 @@
 """Knobs: what is read is what was written, and whatever is wrong is said in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,24 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("prepare: {flip: 1}", "`prepare.flip` is 1: Input should be a valid boolean"),
         ("prepare: {classes: [1, '2']}", "`prepare.classes.0` is 1: Input should be a valid string"),
         ("prepare: {location: 5}", "`prepare.location` is 5: Input should be a valid string"),
+        ("finetune: {preview_every: -1}", "`finetune.preview_every` is -1: Input should be greater than or equal to 0"),
+        ("publish: {gate: test-gain}", "`publish.gate` is 'test-gain': Input should be 'val-gain' or 'off'"),
+        ("publish: {name: a/b}", "`publish.name` is 'a/b': String should match pattern"),
+        ("publish: {name: 'a\\n'}", "`publish.name` is"),
+        ("publish: {name: .a}", "`publish.name` is '.a': String should match pattern"),
+        ("publish: {name: a@b}", "`publish.name` is 'a@b': String should match pattern"),
+        (
+            "publish: {store: bucket/sets}",
+            "publish: `publish.store` is 'bucket/sets'; give s3://<bucket>/<prefix>, or null for MLflow's own artifact store",
+        ),
+        ("publish: {store: 's3://key:pw@bucket/sets'}", "publish.store: holds credentials or a query"),
+        ("publish: {encryption: AES256}", "publish: `publish.encryption` is for `publish.store`; set that, or set encryption to null"),
+        (
+            "publish: {store: s3://b/a, encryption: AES256, kms_key: k}",
+            "publish: `publish.kms_key` needs `publish.encryption: aws:kms`; set that, or set the key to null",
+        ),
+        ("publish: {store: s3://b/a, kms_key: k}", "publish: `publish.kms_key` needs `publish.encryption: aws:kms`"),
+        ("publish: {store: s3://b/a, encryption: DES}", "`publish.encryption` is 'DES': Input should be 'AES256' or 'aws:kms'"),
         ("finetune: {max_timestep: x}", "`finetune.max_timestep` is 'x': Input should be a valid integer"),
         ("sample:", "`sample` is None: Input should be an object"),
         ("prepare: {side: 4}", "`prepare.side` is 4: Input should be greater than or equal to 8"),
@@ -155,6 +174,17 @@ def test_what_is_wrong_is_said_in_one_line(text, message, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", "{store: s3://b/a}", "{store: s3://b/a, encryption: AES256}", "{store: s3://b/a, encryption: aws:kms, kms_key: k}"]
+)
+def test_a_store_with_or_without_encryption_is_taken(text, tmp_path):
+    assert load(tmp_path, f"publish: {text}").publish.store == (None if text == "{}" else "s3://b/a")
+
+
+def test_only_the_preset_that_means_nothing_is_published_unproven():
+    assert {name: preset(name).publish.gate for name in PRESETS} == dict.fromkeys(PRESETS, "val-gain") | {"tiny": "off"}
+
+
 def test_all_wrong_knobs_are_named_at_once(tmp_path):
     with pytest.raises(DiffstillError, match=r"`prepare.sidee` is not a knob.*; `sample.steps` is 0: "):
         load(tmp_path, "prepare: {sidee: 8}\nsample: {steps: 0}")
@@ -172,7 +202,7 @@ def test_the_schema_in_docs_is_current():
     assert json.loads(SCHEMA.read_text()) == json_schema(), "run: diffstill schema > docs/params.schema.json"
 
 
-UNDERSTOOD = ("type", "enum", "const", "anyOf", "minItems", "items", "properties", "additionalProperties")
+UNDERSTOOD = ("type", "enum", "const", "anyOf", "minItems", "maxLength", "pattern", "items", "properties", "additionalProperties")
 
 
 def faults(value, schema, whole, place="params"):  # noqa: PLR0912
@@ -192,6 +222,10 @@ def faults(value, schema, whole, place="params"):  # noqa: PLR0912
             yield from faults(value, whole["$defs"][rule.removeprefix("#/$defs/")], whole, place)
         elif keyword == "minItems" and isinstance(value, list) and len(value) < rule:
             yield f"{place}: {value} is too short"
+        elif keyword == "maxLength" and isinstance(value, str) and len(value) > rule:
+            yield f"{place}: {value!r} is too long"
+        elif keyword == "pattern" and isinstance(value, str) and not re.search(rule, value):
+            yield f"{place}: {value!r} does not match {rule}"
         elif keyword == "items" and isinstance(value, list):
             for item in value:
                 yield from faults(item, rule, whole, place)
@@ -222,6 +256,9 @@ def test_the_schema_accepts_presets(name):
         {"evaluate": {"students": []}},
         {"prepare": {"side": "8"}},
         {"prepare": {"channels": 2}},
+        {"publish": {"name": "a/b"}},
+        {"publish": {"name": "a" * 201}},
+        {"publish": {"note": "a" * 1001}},
     ],
 )
 def test_the_schema_refuses_what_the_package_refuses(wrong, tmp_path):

@@ -14,10 +14,11 @@ from ruamel.yaml import YAML
 
 import diffstill
 from diffstill.artifacts import Kind
-from diffstill.cli import PATHS, SUMMARIES, main
+from diffstill.cli import FLAGS, PATHS, SUMMARIES, main
 from diffstill.config import PRESETS, EvaluateConfig, Params, preset
 from diffstill.record import Record, ignore
 from diffstill.run import STAGES, chain
+from diffstill.stages.publish import Registry
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(diffstill.__file__).parent
@@ -39,7 +40,8 @@ def test_one_name_everywhere():
     assert Params.STAGES == tuple(Params.model_fields) == tuple(STAGES) == tuple(SUMMARIES)
     assert set(STAGES) == modules
     assert set(STAGES) <= set(main.commands)
-    assert set(STAGES) == {re.split("[@-]", name)[0] for name in dvc()["stages"]}
+    inside = {name for name, stage in STAGES.items() if not stage.registers}
+    assert inside == {re.split("[@-]", name)[0] for name in dvc()["stages"]} == {step.stage for step in chain(Params())}
 
 
 def test_every_artifact_is_made_by_one_stage_and_explained():
@@ -73,6 +75,8 @@ def test_signature(name):
         **dict.fromkeys(stage.many, (Sequence[Path], inspect.Parameter.empty)),
         **dict.fromkeys(stage.options, (str | None, None)),
         **({"parts": (Sequence[Path], ()), "shard": (str | None, None)} if stage.sharded else {}),
+        **dict.fromkeys(stage.flags, (bool, False)),
+        **({"registry": (Registry, inspect.Parameter.empty)} if stage.registers else {}),
         **({"device": (str, "cpu")} if stage.on_device else {}),
     }
     assert {given: (hints[given], parameter.default) for given, parameter in parameters.items()} == expected
@@ -83,9 +87,13 @@ def test_signature(name):
 def test_the_subcommand_has_the_same_interface(name):
     stage, options = STAGES[name], {option.name: option for option in main.commands[name].params}
     paths = {stage.output, *stage.inputs, *stage.optional, *stage.many}
-    more = {*stage.options, *stage.outside} | ({"device"} if stage.on_device else set()) | ({"shard", "parts"} if stage.sharded else set())
+    more = (
+        {*stage.options, *stage.flags, *stage.outside} | ({"device"} if stage.on_device else set()) | ({"shard", "parts"} if stage.sharded else set())
+    )
     assert set(options) == paths | more | {"step", "params_path"}
-    assert {given for given, option in options.items() if option.required} == paths - set(stage.optional)
+    required = set() if stage.registers else paths - set(stage.optional)
+    assert {given for given, option in options.items() if option.required} == required
+    assert set(stage.flags) <= set(FLAGS)
 
 
 # --- dvc.yaml against the chain -----------------------------------------------------------------------------------
@@ -192,12 +200,12 @@ def test_dvc_knows_the_code_of_each_stage(name, imports):
     module = f"diffstill.stages.{re.split('[@-]', name)[0]}"
     needed = {f"src/{one.replace('.', '/')}.py" for one in reached(imports, module)}
     if "src/diffstill/html.py" in needed:
-        needed.add("src/diffstill/templates")
+        needed.add("src/diffstill/templates/report.html.j2")
     written = {dep for dep in dvc()["stages"][name]["deps"] if dep.startswith("src/")}
     assert written == needed
     assert all((ROOT / dep).exists() for dep in written)
 
 
-def test_only_the_page_reads_templates():
+def test_of_what_a_chain_runs_only_the_page_reads_templates():
     readers = {path.stem for path in PACKAGE.rglob("*.py") if re.search("PackageLoader|importlib.resources", path.read_text())}
-    assert readers == {"html"}
+    assert readers == {"html", "publish", "compare"}

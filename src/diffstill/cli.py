@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
-from diffstill import __version__
+from diffstill import __version__, catalogue
+from diffstill.catalogue import FOLDER
 from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, read_json, render_params
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, GateError
+
+if TYPE_CHECKING:
+    from diffstill.run import Stage
 
 SUMMARIES = {
     "prepare": "Read, check, crop and split the real images.",
@@ -25,6 +30,7 @@ SUMMARIES = {
     "sample": "Draw the distilled images (without --denoiser: those of the untuned generator).",
     "evaluate": "Train students on a distilled set (without --distilled: on real baselines).",
     "report": "Gather all scores into numbers, figures and one page.",
+    "publish": "Register the distilled set as a version in MLflow, with its card, files and lineage.",
 }
 PATHS = {
     "images": "real images, from `prepare`",
@@ -35,11 +41,26 @@ PATHS = {
     "untuned": "images of the untuned generator, from `sample` without --denoiser",
     "scores": "student runs, from `evaluate`",
     "report": "tables, figures and the page, from `report`",
+    "card": "card, contact sheets and lineage of a version, from `publish`",
     "data": "folder of the data, in place of `prepare.location`",
     "weights": "a diffusers DiTPipeline folder, in place of `pretrain.location`",
 }
-FOLDER = click.Path(path_type=Path, file_okay=False)
+FLAGS = {"force": "even where the gain over real images is not shown"}
+REMOTE = re.compile(r"(s3://|models:/|dvc\+)")
 COMPLETERS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+
+
+class Place(click.ParamType[Any]):
+    """A folder, or a reference to one that lies elsewhere."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A path, or the reference as it is."""
+        return value if isinstance(value, str) and REMOTE.match(value) else FOLDER.convert(value, param, ctx)
+
+
+PLACE = Place()
 Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions or choose another folder"),
@@ -57,7 +78,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except DiffstillError as error:
-            raise Refusal(str(error)) from error
+            raise (GateRefusal if isinstance(error, GateError) else Refusal)(str(error)) from error
         except OSError as error:
             if error.errno not in MENDABLE:
                 raise
@@ -65,17 +86,35 @@ class Group(click.Group):
             raise Refusal(f"{place}{error.strerror}; {MENDABLE[error.errno]}") from error
 
 
+class Sections(Group):
+    """A group whose help lists its commands under headings, in the order in which a user meets them."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  (click's signature)
+        """Write the lists."""
+        versions = [str(command.name) for command in catalogue.COMMANDS]
+        rest = [name for name in self.commands if name not in {*SUMMARIES, *versions}]
+        for title, names in {"The chain": rest, "Its stages": list(SUMMARIES), "Published versions": versions}.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(120)) for name in names])
+
+
 class Refusal(click.ClickException):
     """What the user can mend: one message, exit code 2."""
 
-    exit_code = 2
+    exit_code = DiffstillError.exit_code
 
     def show(self, file: Any = None) -> None:  # noqa: ARG002  (click's signature)
         """Print the message."""
         click.echo(f"error: {self.message}", err=True)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+class GateRefusal(Refusal):
+    """A set that is not worth publishing: one message, exit code 3."""
+
+    exit_code = GateError.exit_code
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
 @click.version_option(__version__, prog_name="diffstill")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors; no progress bars.")
@@ -109,18 +148,19 @@ def _stage_command(name: str) -> click.Command:
     from diffstill.run import STAGES
 
     stage = STAGES[name]
-    options: list[click.Parameter] = [click.Option([f"--{given}"], type=FOLDER, required=True, help=PATHS[given]) for given in stage.inputs]
-    options += [click.Option([f"--{given}"], type=FOLDER, help=f"{PATHS[given]} (optional)") for given in stage.optional]
+    options: list[click.Parameter] = [_place(stage, given, PATHS[given]) for given in stage.inputs]
+    options += [click.Option([f"--{given}"], type=PLACE, help=f"{PATHS[given]} (optional)") for given in stage.optional]
     options += [
         click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell")
         for given in stage.many
     ]
-    options += [click.Option([f"--{given}"], type=FOLDER, help=PATHS[given]) for given in stage.outside]
+    options += [click.Option([f"--{given}"], type=PLACE, help=PATHS[given]) for given in stage.outside]
     options += [click.Option([f"--{given}"], help=f"only this {given} of params.yaml") for given in stage.options]
+    options += [click.Option([f"--{given}"], is_flag=True, help=FLAGS[given]) for given in stage.flags]
     if stage.sharded:
         options.append(click.Option(["--shard"], metavar="I/N", help="make only share I of N, counted from 0; `--parts` gathers them"))
         options.append(click.Option(["--parts"], type=FOLDER, multiple=True, help="what a shard made: give all of them to gather the whole"))
-    options.append(click.Option([f"--{stage.output}"], type=FOLDER, required=True, help=f"output folder: {PATHS[stage.output]}"))
+    options.append(_place(stage, stage.output, f"output: {PATHS[stage.output]}"))
     options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
 
     def callback(params_path: Path, step: str, device: str = "auto", **given: Any) -> None:
@@ -129,12 +169,19 @@ def _stage_command(name: str) -> click.Command:
         params = load_params(params_path)
         if stage.many:
             given["scores"] = [given["scores"] / Path(name).relative_to("scores") for name in score_names(params.evaluate.students)]
-        options = {option: given.pop(option) for option in (*stage.options, *(["shard"] if stage.sharded else []))}
+        options = {option: given.pop(option) for option in (*stage.options, *stage.flags, *(["shard"] if stage.sharded else []))}
         on = resolve_device(device) if stage.on_device else "cpu"
         run_stage(name, params.section(name), given, params=params, step=step, device=on, **options)
 
     command = click.Command(name, params=options, callback=callback, help=f"{SUMMARIES[name]}\n\n{_knobs(name)}", short_help=SUMMARIES[name])
     return params_option(_device_option(command) if stage.on_device else command)
+
+
+def _place(stage: Stage, name: str, text: str) -> click.Option:
+    """An artifact of a stage; one that registers stands after a chain, so its artifacts lie where that leaves them."""
+    if stage.registers:
+        return click.Option([f"--{name}"], type=PLACE, default=f"artifacts/{name}", show_default=True, help=text)
+    return click.Option([f"--{name}"], type=PLACE, required=True, help=text)
 
 
 def _knobs(stage: str) -> str:
@@ -153,6 +200,8 @@ def _described(section: Section, prefix: str = "") -> list[tuple[str, Any, str]]
 
 for _name in SUMMARIES:
     main.add_command(_stage_command(_name))
+for _command in catalogue.COMMANDS:
+    main.add_command(_command)
 
 
 @main.command()

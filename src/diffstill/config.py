@@ -183,6 +183,9 @@ class FinetuneConfig(Section):
     )
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
     log_every: Count = Field(5, description="steps between lines of metrics.csv")
+    preview_every: Annotated[int, Field(ge=0)] = Field(
+        50, description="steps between pictures of what the averaged weights draw, for the tracker; 0 = none; changes no weight"
+    )
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
     checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
 
@@ -230,10 +233,38 @@ class ReportConfig(Section):
     shown_per_class: Count = Field(10, description="images per class in the grids of the report")
 
 
+class PublishConfig(Section):
+    """A version in MLflow's registry."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=200)] | None = Field(
+        None, description="registered model; null = distilled-<prepare.source>"
+    )
+    gate: Literal["val-gain", "off"] = Field(
+        "val-gain", description="val-gain: refuse a set whose gain over real images of the same number is not shown on val; off: publish any"
+    )
+    store: Location = Field(None, description="s3://<bucket>/<prefix> for the files; null = MLflow's own artifact store")
+    encryption: Literal["AES256", "aws:kms"] | None = Field(
+        None, description="server-side encryption asked of the store; null = what the bucket does"
+    )
+    kms_key: str | None = Field(None, description="id of the key for aws:kms; null = the account's own")
+    licence: str = Field("", description="licence of the real images and terms for the set, for the card")
+    note: str = Field("", max_length=1000, description="what readers of the card should know")
+
+    @model_validator(mode="after")
+    def _store_takes_encryption(self) -> Self:
+        if self.store is not None and not self.store.startswith("s3://"):
+            raise ValueError(f"`publish.store` is {self.store!r}; give s3://<bucket>/<prefix>, or null for MLflow's own artifact store")
+        if self.encryption and not self.store:
+            raise ValueError("`publish.encryption` is for `publish.store`; set that, or set encryption to null")
+        if self.kms_key and self.encryption != "aws:kms":
+            raise ValueError("`publish.kms_key` needs `publish.encryption: aws:kms`; set that, or set the key to null")
+        return self
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
-    STAGES: ClassVar[tuple[str, ...]] = ("prepare", "pretrain", "encode", "finetune", "sample", "evaluate", "report")
+    STAGES: ClassVar[tuple[str, ...]] = ("prepare", "pretrain", "encode", "finetune", "sample", "evaluate", "report", "publish")
 
     prepare: PrepareConfig = Field(PrepareConfig(), description="real images, validated, cropped and split")
     pretrain: PretrainConfig = Field(PretrainConfig(), description="the generator: autoencoder and diffusion transformer")
@@ -242,6 +273,7 @@ class Params(Section):
     sample: SampleConfig = Field(SampleConfig(), description="the distilled images")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="students trained on distilled and on real sets")
     report: ReportConfig = Field(ReportConfig(), description="tables, figures, page")
+    publish: PublishConfig = Field(PublishConfig(), description="the version in MLflow's registry")
 
     @model_validator(mode="after")
     def _enough_timesteps(self) -> Self:
@@ -274,7 +306,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "dit": {"layers": 4, "patch": 1, "steps": 5000, "learning_rate": 1e-3},
         },
         "encode": {"shard_size": 16384},
-        "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4},
+        "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4, "preview_every": 100},
         "sample": {"guidance": 2.0},
         "evaluate": {"students": ["convnet-3"], "student_seeds": [0], "protocol": "short-200", "evaluations": 1},
     },
@@ -284,7 +316,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
             "dit": {"layers": 6, "heads": 6, "patch": 1, "steps": 10000, "learning_rate": 5e-4},
         },
-        "finetune": {"steps": 1000, "batch_size": 64},
+        "finetune": {"steps": 1000, "batch_size": 64, "preview_every": 100},
         "evaluate": {"students": ["convnet-3"], "protocol": "short-500"},
     },
     "tiny": {
@@ -296,7 +328,16 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "checkpoint_every": 5,
         },
         "encode": {"batch_size": 32, "shard_size": 96, "threads": 1},
-        "finetune": {"steps": 12, "batch_size": 12, "capacity_real": 4, "capacity_gen": 4, "log_every": 1, "threads": 1, "checkpoint_every": 5},
+        "finetune": {
+            "steps": 12,
+            "batch_size": 12,
+            "capacity_real": 4,
+            "capacity_gen": 4,
+            "log_every": 1,
+            "preview_every": 5,
+            "threads": 1,
+            "checkpoint_every": 5,
+        },
         "sample": {"images_per_class": 2, "seeds": [0, 1], "steps": 3, "chunk_size": 4, "threads": 1},
         "evaluate": {
             "images_per_class": [1, 2],
@@ -306,6 +347,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "evaluations": 2,
             "workers": 1,
         },
+        "publish": {"gate": "off"},
     },
 }
 

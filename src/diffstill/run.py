@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from tqdm import tqdm
 
+from diffstill import storage
 from diffstill.artifacts import MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
 from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress
 from diffstill.references import DvcReference, fetch, parse, pin
+from diffstill.registry import Registry, bring
 from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
@@ -39,9 +43,12 @@ class Stage:
     outside: tuple[str, ...] = ()
     """A folder that is no artifact of ours: where given, it stands for the `location` of the configuration."""
     options: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     on_device: bool = True
     sharded: bool = False
     """Whether the work can be cut: `shard` makes a share of it, `parts` gathers all shares."""
+    registers: bool = False
+    """Whether it is given the registry of versions. Its effect is outside, so it is no step of a chain."""
 
 
 STAGES: Mapping[str, Stage] = {
@@ -52,6 +59,7 @@ STAGES: Mapping[str, Stage] = {
     "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",), sharded=True),
     "evaluate": Stage("scores", inputs=("images",), optional=("distilled",), options=("student",)),
     "report": Stage("report", inputs=("images", "denoiser", "distilled", "untuned"), many=("scores",), on_device=False),
+    "publish": Stage("card", inputs=("distilled", "report"), flags=("force",), on_device=False, registers=True),
 }
 
 
@@ -98,19 +106,26 @@ def score_names(students: Sequence[str]) -> list[str]:
     return [f"scores/{source}-{student}" for source in ("distilled", "untuned", "real") for student in students]
 
 
-class _Listener:
+class Listener:
     """A stage's record: progress on the terminal, metrics and files to MLflow where tracking is on."""
 
-    def __init__(self, run: StageRun | None) -> None:
+    def __init__(self, run: StageRun | None = None) -> None:
         self._run = run
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars at a step."""
         if self._run:
             self._run.metrics(values, step)
 
     def file(self, path: Path) -> None:
+        """Upload a file."""
         if self._run:
             self._run.file(path)
+
+    def image(self, name: str, draw: Callable[[], Image], step: int) -> None:
+        """Upload a picture for a step, drawn only if somebody will see it."""
+        if self._run:
+            self._run.image(name, draw(), step)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
@@ -139,32 +154,56 @@ def run_stage(
     Raises `DiffstillError` for bad input, before the stage starts where that can be known.
     """
     stage, step = STAGES[name], step or name
+    config, paths = _brought(stage, config, _gathered(stage, paths))
+    if isinstance(remote := paths[stage.output], str):
+        paths = {**paths, stage.output: work_root() / "outgoing" / hashlib.sha256(remote.encode()).hexdigest()[:16]}
     _require(stage, paths)
     refuse_foreign(paths[stage.output], stage.output)
-    config, paths = _brought(stage, config, paths)
     function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
     if stage.on_device:
         options["device"] = device
     log.info("%s ...", step)
     with stage_run(step, config, params) as run:
+        if stage.registers:
+            options["registry"] = Registry.here(run)
         started = time.monotonic()
-        metrics: dict[str, float] = function(config, **paths, record=_Listener(run), **options)
+        if run and "images" in stage.inputs:
+            run.data(read_manifest(paths["images"], "images"))
+        metrics: dict[str, float] = function(config, **paths, record=Listener(run), **options)
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if run:
             run.metrics({**metrics, **costs}, 0)
+            if stage.output == "images":
+                run.data(read_manifest(paths["images"], "images"))
             if name == "report":
                 run.headline({key: value for key, value in metrics.items() if key.endswith(("/test_mean", "/gain_over_random"))})
+    if isinstance(remote, str):
+        storage.upload(paths[stage.output], remote, Listener())
     _log_costs(step, metrics, costs)
     return metrics
 
 
+def _gathered(stage: Stage, paths: Mapping[str, Any]) -> dict[str, Any]:
+    """The paths with every input that is a reference (`s3://`, `models:/`) brought here."""
+    kinds = {**{name: "distilled" if name == "untuned" else name for name in (*stage.inputs, *stage.optional)}, "parts": stage.output}
+    found = dict(paths)
+    for name, kind in kinds.items():
+        value = found.get(name)
+        if isinstance(value, str):
+            found[name] = bring(value, kind, Listener())
+        elif isinstance(value, Sequence):
+            found[name] = [bring(one, kind, Listener()) if isinstance(one, str) else one for one in value]
+    return found
+
+
 def _brought(stage: Stage, config: Section, paths: Mapping[str, Any]) -> tuple[Section, Mapping[str, Any]]:
     """Bring what `location` names outside this machine: the configuration with it pinned, and the paths with the folder where it lies now."""
-    location = getattr(config, "location", None)
-    if not location or not stage.outside or paths.get(stage.outside[0]) or not (reference := parse(location)):
+    given = paths.get(stage.outside[0]) if stage.outside else None
+    location = given if isinstance(given, str) else getattr(config, "location", None)
+    if not location or not stage.outside or isinstance(given, Path) or not (reference := parse(location)):
         return config, paths
     found = pin(reference) if isinstance(reference, DvcReference) else reference
-    fetched = fetch(found, cache_folder(), _Listener(None))
+    fetched = fetch(found, cache_folder(), Listener())
     return config.model_copy(update={"location": str(found)}), {**paths, stage.outside[0]: fetched.folder}
 
 

@@ -1,0 +1,252 @@
+"""Commands on distilled sets as versions: list, search, card, download, export, lineage, compare, reproduce, promote, deprecate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from diffstill.artifacts import Kind, read_manifest
+from diffstill.errors import DiffstillError
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+REF = click.argument("ref")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+FORMATS = ("imagefolder", "parquet", "webdataset", "huggingface")
+HEADS = ("version", "aliases", "IPC", "classes", "size", "val", "gain on val", "published")
+
+
+def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """One line per row, however narrow the terminal: names and digests are there to be copied."""
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False, width=10_000).print(table)
+
+
+@click.command("list")
+@AS_JSON
+def list_sets(as_json: bool) -> None:
+    """List the published sets: the newest version of each, and the aliases."""
+    from diffstill.registry import Registry
+
+    versions = Registry.here().search()
+    last = {version.name: version for version in versions}
+    _print_versions(list(last.values()), as_json, "nothing is published yet; `diffstill publish` does")
+
+
+@click.command()
+@click.argument("terms", nargs=-1, metavar="[TAG=VALUE | WORD]...")
+@AS_JSON
+def search(terms: Sequence[str], as_json: bool) -> None:
+    """List all versions that fit: tags by value (`ipc=10`, `protocol=short-*`), or a word in a name or tag.
+
+    `diffstill search dataset=digits 'memory_policy=r*'`; `--json` shows all tags there are.
+    """
+    from diffstill.registry import Registry
+
+    found = [version for version in Registry.here().search() if all(_fits(version, term) for term in terms)]
+    _print_versions(found, as_json, "no version fits; `diffstill list` shows what there is")
+
+
+def _fits(version: Any, term: str) -> bool:
+    tag, equals, pattern = term.partition("=")
+    if equals:
+        return fnmatch(version.name if tag == "name" else version.tags.get(tag, ""), pattern)
+    return any(term in text for text in (version.name, *version.tags.values()))
+
+
+def _print_versions(versions: Sequence[Any], as_json: bool, nothing: str) -> None:
+    if as_json:
+        click.echo(json.dumps([asdict(version) | {"ref": version.ref} for version in versions], indent=1, sort_keys=True, default=str))
+        return
+    if not versions:
+        click.echo(nothing, err=True)
+        return
+    _print_table(HEADS, map(_row, versions))
+
+
+def _row(version: Any) -> Sequence[str]:
+    tags = version.tags
+    aliases = f"deprecated: {tags['deprecated']}" if "deprecated" in tags else " ".join(version.aliases)
+    validations = version.validations()
+    size = max(validations, default=None)
+    val = f"{100 * sum(validations[size]) / len(validations[size]):.1f} %" if size else "-"
+    gain = tags.get(f"val_gain/ipc{size}", "-")
+    return version.ref, aliases, tags["ipc"], tags["classes"], tags["resolution"], val, gain, f"{version.created:%Y-%m-%d %H:%M}"
+
+
+@click.command()
+@REF
+@click.option("--raw", is_flag=True, help="Markdown as it is.")
+def card(ref: str, raw: bool) -> None:
+    """Print the card of a published set."""
+    from diffstill.registry import find
+
+    text = (find(ref).folder("card") / "card.md").read_text(encoding="utf-8")
+    console = Console()
+    if raw or not console.is_terminal:
+        click.echo(text)
+    else:
+        console.print(Markdown(text))
+
+
+@click.command()
+@REF
+@click.option("--output", type=FOLDER, help="Where to; the name and number of the version if left out.")
+@click.option("--all", "everything", is_flag=True, help="The report and the card, too.")
+def download(ref: str, output: Path | None, everything: bool) -> None:
+    """Bring a set here, verified: `<output>/distilled` is its artifact, with an image folder per generation seed."""
+    from diffstill.registry import KINDS, find
+    from diffstill.run import Listener
+
+    found = find(ref, Listener())
+    if output is None and found.version is None:
+        raise DiffstillError(f"{ref}: is no version with a name of its own; say where to with --output")
+    target = output or Path(f"{found.version.name}-v{found.version.number}" if found.version else "")
+    for kind in KINDS if everything else KINDS[:1]:
+        place_copy(found.folder(kind, Listener()), target / kind, kind)
+    click.echo(f"{target / 'distilled'}")
+
+
+def place_copy(source: Path, target: Path, kind: Kind) -> None:
+    """Copy an artifact, whole or not at all; nothing is done if it is there. Raises `DiffstillError` if something else is."""
+    if target.exists():
+        if read_manifest(target, kind).digest != read_manifest(source, kind).digest:
+            raise DiffstillError(f"{target}: holds another `{kind}` artifact; remove it, or choose another --output")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        shutil.copytree(source, Path(aside) / "new")
+        (Path(aside) / "new").rename(target)
+
+
+@click.command()
+@REF
+@click.argument("folder", type=FOLDER)
+@click.option("--format", "as_format", type=click.Choice(FORMATS), default="imagefolder", show_default=True, help="What to write.")
+@click.option("--ipc", type=int, help="Only the first images of each class.")
+@click.option("--seed", type=int, help="Which generation seed; the set's first if left out.")
+def export(ref: str, folder: Path, as_format: Any, ipc: int | None, seed: int | None) -> None:
+    """Write a set to FOLDER in a format that other tools read."""
+    from diffstill.export import export as write
+    from diffstill.loading import open_set
+    from diffstill.registry import find
+    from diffstill.run import Listener
+
+    found, record = find(ref), Listener()
+    card, licence = (found.version.card, found.version.tags.get("licence")) if found.version else (None, None)
+    opened = open_set(found.folder(record=record), ipc=ipc, seed=seed, card=card)
+    click.echo(write(opened, folder, as_format, licence=licence, record=record))
+
+
+@click.command()
+@REF
+@AS_JSON
+def lineage(ref: str, as_json: bool) -> None:
+    """Print where a set comes from, from the raw data on: every artifact with its digest, data and code with their revisions."""
+    from diffstill.registry import find
+
+    found = find(ref)
+    traced, version = found.lineage(), found.version
+    if as_json:
+        told = {"ref": version.ref, "aliases": version.aliases, "tags": version.tags} if version else {"ref": ref}
+        click.echo(json.dumps(told | traced.plain(), indent=1, sort_keys=True, default=str))
+        return
+    _print_table(("artifact", "sha256, or revision", "made from"), [*traced.lines(), *_published(version)])
+
+
+def _published(version: Any) -> list[tuple[str, str, str]]:
+    if version is None:
+        return []
+    tags, shown = (
+        version.tags,
+        {"data_revision": "data revision", "data_md5": "data md5", "git_sha": "code", "image": "image", "kfp_run_id": "Kubeflow run"},
+    )
+    lines = [(name, tags[tag], "") for tag, name in shown.items() if tag in tags]
+    return [*lines, (version.ref, " ".join(version.aliases) or "no alias", "distilled, report")]
+
+
+@click.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("compare.html"), show_default=True, help="The page.")
+def compare(first: str, second: str, output: Path) -> None:
+    """Compare two sets: scores, settings, lineage, and their images side by side on one page."""
+    from diffstill import compare as comparing
+    from diffstill.registry import find
+
+    found = comparing.compare(find(first), find(second))
+    if not output.parent.is_dir():
+        raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
+    output.write_text(comparing.render(found), encoding="utf-8")
+    click.echo(comparing.text(found))
+    click.echo(f"page  {output.absolute()}")
+
+
+@click.command()
+@REF
+@click.option("--folder", type=FOLDER, help="Scratch folder; the same one again goes on where it stopped. By default reproduce/<digest>.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")
+@click.option("--data", help="Where the raw images lie now, for sets made from a local folder.")
+@click.option("--weights", help="Where the imported generator lies now, for sets made from a local DiTPipeline folder.")
+@click.pass_context
+def reproduce(ctx: click.Context, ref: str, folder: Path | None, device: str, data: str | None, weights: str | None) -> None:
+    """Make a set anew from its own settings, code and data revision, until its digest matches; exit code 1 if it comes out different."""
+    from diffstill import reproduce as reproducing
+    from diffstill.registry import find
+    from diffstill.run import resolve_device
+
+    found = find(ref)
+    result = reproducing.reproduce(found, folder or Path("reproduce") / found.digest[:12], device=resolve_device(device), data=data, weights=weights)
+    click.echo(reproducing.text(result))
+    ctx.exit(0 if result.matches else 1)
+
+
+@click.command()
+@REF
+@click.option("--output", type=FOLDER, help="Where to, inside the DVC repository; distilled/<name>-v<number> if left out.")
+def promote(ref: str, output: Path | None) -> None:
+    """Bring a published set under DVC in this repository."""
+    from diffstill import promote as promoting
+    from diffstill.registry import find
+
+    click.echo(promoting.text(promoting.promote(find(ref), output)))
+
+
+@click.command()
+@REF
+@click.option("--reason", help="Why, for those who load it all the same.")
+@click.option("--undo", is_flag=True, help="Take it back.")
+def deprecate(ref: str, reason: str | None, undo: bool) -> None:
+    """Mark a version as one not to use: it stays, loading it warns, `newest` and `best-ipc<N>` go to others."""
+    from diffstill.registry import Reference, Registry
+
+    registry = Registry.here()
+    version = registry.resolve(Reference.parse(ref))
+    if undo:
+        registry.restore(version)
+    elif reason:
+        registry.deprecate(version, reason)
+    else:
+        raise DiffstillError("`deprecate` needs --reason, which those who load the set will see; or --undo")
+    click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {_aliases(registry, version.name)}")
+
+
+def _aliases(registry: Any, name: str) -> str:
+    return ", ".join(f"{alias} = {version.number}" for version in registry.search(name) for alias in version.aliases) or "none"
+
+
+COMMANDS: tuple[click.Command, ...] = (list_sets, search, card, download, export, lineage, compare, reproduce, promote, deprecate)

@@ -1,0 +1,30 @@
+"""What may change the rounding of a result beside its settings, inputs and code: versions of packages, processor, GPUs."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "diffusers", "numpy", "pillow", "safetensors", "scikit-learn")
+CPU_FACTS = Path("/proc/cpuinfo")
+
+
+def environment() -> dict[str, str]:
+    """That of this process, without names of hosts or people. Thread counts are missing: they are settings of each stage."""
+    import torch
+    from PIL import features
+
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found |= {name: version(name) for name in PACKAGES}
+    found |= {"zlib": str(features.version("zlib_ng") or features.version("zlib"))}  # Pillow's: it makes the bytes of a PNG
+    found |= {"processor": _processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return found | ({"gpu": ", ".join(gpus), "cuda": str(torch.version.cuda)} if gpus else {})
+
+
+def _processor() -> str:
+    """The model, as Linux or the platform names it."""
+    lines = CPU_FACTS.read_text().splitlines() if CPU_FACTS.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
