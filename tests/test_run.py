@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from chains import Chain, contents
-from diffstill.artifacts import MANIFEST, open_artifact
+from diffstill.artifacts import ANCESTORS, MANIFEST, open_artifact
 from diffstill.config import Params, preset, render_params
 from diffstill.errors import DiffstillError
 from diffstill.record import ignore
@@ -137,6 +137,17 @@ def test_what_was_made_from_other_inputs_is_made_again(copy, caplog):
     written["inputs"]["latents"] = "0" * 64
     manifest.write_text(json.dumps(written))
     assert rerun(copy, caplog) == {"finetune"}
+    assert contents(copy.artifacts) == before
+
+
+def test_what_keeps_no_lineage_is_made_again(copy, caplog):
+    """An artifact of an earlier diffstill, whole but without the manifests of its inputs."""
+    before, latents = contents(copy.artifacts), copy.artifacts / "latents"
+    shutil.rmtree(latents / ANCESTORS)
+    written = json.loads((latents / MANIFEST).read_text())
+    written["files"] = {name: digest for name, digest in written["files"].items() if not name.startswith(ANCESTORS)}
+    (latents / MANIFEST).write_text(json.dumps(written))
+    assert rerun(copy, caplog) == {"encode"}
     assert contents(copy.artifacts) == before
 
 

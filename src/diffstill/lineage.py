@@ -98,8 +98,8 @@ class Lineage:
         yield "raw data", raw.get("location", raw["source"]), ""
         for one in self.artifacts:
             origins = [names[digest] for digest in one.manifest.inputs.values()]
-            scores = sum(name.startswith("scores/") for name in origins)
-            told = [name for name in origins if not name.startswith("scores/")] + [f"{scores} scores"] * bool(scores)
+            scores = [name for name in origins if name.startswith("scores/")]
+            told = [name for name in origins if name not in scores] + ([f"{len(scores)} scores"] if len(scores) > 1 else scores)
             yield one.name, one.digest, ", ".join(told) or "raw data"
 
 

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from diffstill import storage
-from diffstill.artifacts import MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
+from diffstill.artifacts import ANCESTORS, MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
 from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress
@@ -166,9 +166,9 @@ def run_stage(
     with stage_run(step, config, params) as run:
         if stage.registers:
             options["registry"] = Registry.here(run)
-        started = time.monotonic()
         if run and "images" in stage.inputs:
             run.data(read_manifest(paths["images"], "images"))
+        started = time.monotonic()
         metrics: dict[str, float] = function(config, **paths, record=Listener(run), **options)
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if run:
@@ -264,6 +264,8 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
     if not (output / MANIFEST).is_file():
         return False
     manifest = open_artifact(output, stage.output).manifest
+    if any(f"{ANCESTORS}/{digest}.json" not in manifest.files for digest in manifest.inputs.values()):
+        return False  # made by a diffstill that kept no lineage
     config = params.section(step.stage)
     if getattr(config, "location", None) or manifest.config != config.plain():
         return False  # what lies outside may have changed; the stage gives the same bytes if it has not
