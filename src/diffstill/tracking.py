@@ -247,12 +247,10 @@ generation seeds {", ".join(map(str, sample.seeds))}.
 
 **To reproduce**: {exactly}{changed}, `diffstill run --params params.json` with the `params.json` among the artifacts of this run.
 
-| | |
-|---|---|
-| Policy of the memories | {finetune.policy} |
-| Fine-tuning | {finetune.steps} steps, lambda_real {finetune.lambda_real:g}, lambda_gen {finetune.lambda_gen:g} |
-| Guidance | {sample.guidance:g} |
-| Judged by | {", ".join(judged.students)}, protocol {judged.protocol} |
+- policy of the memories: {finetune.policy}
+- fine-tuning: {finetune.steps} steps, lambda_real {finetune.lambda_real:g}, lambda_gen {finetune.lambda_gen:g}
+- guidance: {sample.guidance:g}
+- judged by: {", ".join(judged.students)}, protocol {judged.protocol}
 
 The runs below are its steps, each named after its stage:
 

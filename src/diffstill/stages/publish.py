@@ -130,34 +130,32 @@ def _images(made: Artifact) -> int:
 def _tags(
     config: PublishConfig, made: Artifact, told: Artifact, runs: Sequence[Run], judged: Sequence[Validation], lineage: Lineage
 ) -> dict[str, str]:
-    """What a version can be searched by, and what says where it comes from."""
+    """What a version can be searched by, and what says where it comes from; what people look for first, for MLflow shows them in this order."""
     facts, generator, denoiser, raw = made.facts, lineage["generator"].manifest, lineage["denoiser"].manifest, lineage.data()
     tags = {
         "dataset": raw["source"],
         "ipc": facts["images_per_class"],
         "classes": len(facts["classes"]),
         "resolution": f"{facts['side']}x{facts['side']}",
-        "seeds": ", ".join(map(str, facts["seeds"])),
-        "guidance": f"{facts['guidance']:g}",
-        "sampler": f"{facts['sampler']}, {facts['steps']} steps",
-        "memory_policy": denoiser.facts["policy"],
-        "generator": generator.config["source"]
-        if not generator.config["location"]
-        else f"{generator.config['source']} {generator.config['location']}",
-        "generator_sha256": lineage["generator"].digest,
+        **{f"val_gain/ipc{one.images_per_class}": _told(one.gain) for one in judged},
+        **_scores(table(runs)),
         "protocol": told.facts["protocol"],
         "students": ", ".join(told.facts["students"]),
-        "images_sha256": lineage["images"].digest,
+        "memory_policy": denoiser.facts["policy"],
+        "guidance": f"{facts['guidance']:g}",
+        "sampler": f"{facts['sampler']}, {facts['steps']} steps",
+        "seeds": ", ".join(map(str, facts["seeds"])),
+        "generator": " ".join(filter(None, (generator.config["source"], generator.config["location"]))),
+        "licence": config.licence,
+        "bytes": sum((made.folder / name).stat().st_size for name in (MANIFEST, *made.manifest.files)),
         "data_location": raw.get("location", ""),
         "data_revision": raw.get("revision", ""),
         "data_md5": raw.get("md5", ""),
+        "images_sha256": lineage["images"].digest,
+        "generator_sha256": lineage["generator"].digest,
         "sha256": made.digest,
         "report_sha256": told.digest,
-        "bytes": sum((made.folder / name).stat().st_size for name in (MANIFEST, *made.manifest.files)),
-        "licence": config.licence,
-        **_scores(table(runs)),
         **{f"val_seeds/ipc{one.images_per_class}": json.dumps([round(value, 6) for value in one.accuracies]) for one in judged},
-        **{f"val_gain/ipc{one.images_per_class}": _told(one.gain) for one in judged},
     }
     return {name: str(value) for name, value in tags.items() if value != ""}
 
@@ -183,15 +181,21 @@ def _accuracy(found: Any) -> str:
 # The card
 
 
+def _sheets(made: Artifact) -> dict[str, str]:
+    """The file of each class's picture: its name, or its label where a name is too long for a file or may not survive a URL."""
+    safe = re.compile(r"[^\W_][\w .+-]{0,59}")
+    return {name: f"{name if safe.fullmatch(name) else f'_{label}'}.png" for label, name in enumerate(made.facts["classes"])}
+
+
 def _draw_sheets(made: Artifact, folder: Path) -> None:
     """One picture per class: the first generation seed, as many images as fit."""
     root = made.folder / f"seed-{made.facts['seeds'][0]}"
     count = min(made.facts["images_per_class"], SHEET_COLUMNS * SHEET_ROWS)
     columns = min(count, SHEET_COLUMNS)
-    for name in made.facts["classes"]:
+    for name, file in _sheets(made).items():
         pictures = [read_png(root / name / f"{number:05d}.png") for number in range(count)]
         pictures += [np.full_like(pictures[0], 255)] * (-count % columns)
-        save_png(contact_sheet(np.stack(pictures).reshape(-1, columns, *pictures[0].shape)), folder / f"{name}.png")
+        save_png(contact_sheet(np.stack(pictures).reshape(-1, columns, *pictures[0].shape)), folder / file)
 
 
 def _card(config: PublishConfig, name: str, made: Artifact, runs: Sequence[Run], judged: Sequence[Validation], lineage: Lineage) -> str:
@@ -212,6 +216,7 @@ def _card(config: PublishConfig, name: str, made: Artifact, runs: Sequence[Run],
         name=name,
         facts=made.facts,
         sha256=made.digest,
+        sheets=_sheets(made),
         images=images,
         counts={split: sum(found.values()) for split, found in images["counts"].items()},
         judged=judged,
