@@ -14,7 +14,8 @@ import click
 
 from components.images import LOCK, load_images
 from diffstill.artifacts import file_digest
-from diffstill.cli import FOLDER, Command, Group, log_to_terminal, params_option
+from diffstill.catalogue import FOLDER
+from diffstill.cli import Command, Group, log_to_terminal, params_option
 from diffstill.config import load_params
 from diffstill.errors import DiffstillError
 from pipelines.settings import Settings, load_settings
@@ -72,6 +73,7 @@ def compile_pipeline(settings_path: Path, images_lock: Path, allow_tag: bool, ou
 @click.option("--output", type=FOLDER, default=Path("build/local"), show_default=True, help="Where runs, cache and artifacts go.")
 @click.option("--no-cache", is_flag=True, help="Run every task anew.")
 @click.option("--retries", type=click.IntRange(0, 20), default=0, show_default=True, help="Try a failed task so often again.")
+@click.option("--publish", is_flag=True, help="Make a version of the distilled set in MLflow's registry.")
 def run_here(
     params_path: Path,
     settings_path: Path,
@@ -82,6 +84,7 @@ def run_here(
     output: Path,
     no_cache: bool,
     retries: int,
+    publish: bool,
 ) -> None:
     """Run the pipeline on this machine, without a cluster; a second run skips what is unchanged."""
     from diffstill.summary import print_summary
@@ -89,9 +92,11 @@ def run_here(
     from pipelines.settings import ShardsConfig
 
     params, settings = load_params(params_path), load_settings(settings_path)
+    if publish and runner == "docker":
+        raise DiffstillError("--publish: containers of a local run have no network to a registry; run without it, then `diffstill publish`")
     executor = containers(image, user) if runner == "docker" else processes()
     cut = ShardsConfig(encode=shards, sample=shards) if shards else settings.shards
-    print_summary(run_local(params, settings, output, executor=executor, shards=cut, cache=not no_cache, retries=retries))
+    print_summary(run_local(params, settings, output, executor=executor, shards=cut, cache=not no_cache, retries=retries, publish=publish))
 
 
 @main.command()
@@ -132,6 +137,7 @@ def with_submission(function: Callable[..., None]) -> Callable[..., None]:
     @images_options
     @click.option("--name", help="Name of the run; default: data, images per class and commit.")
     @click.option("--no-cache", is_flag=True, help="Run every task anew.")
+    @click.option("--no-publish", is_flag=True, help="Make no version in MLflow's registry.")
     @click.option("--allow-dirty", is_flag=True, help="Do not ask whether git holds the code.")
     @click.option("--allow-unpushed", is_flag=True, help="Do not ask whether the DVC remote holds the data.")
     @click.option("--dry-run", is_flag=True, help="Print what would be sent, and send nothing.")
@@ -144,6 +150,7 @@ def with_submission(function: Callable[..., None]) -> Callable[..., None]:
         allow_dirty: bool,
         dry_run: bool,
         no_cache: bool,
+        no_publish: bool,
         name: str | None,
         allow_unpushed: bool,
         **given: Any,
@@ -153,7 +160,7 @@ def with_submission(function: Callable[..., None]) -> Callable[..., None]:
         params, images = load_params(params_path), load_images(images_lock, allow_tag=allow_tag)
         if not allow_dirty:
             refuse_dirty()
-        order = prepare(params, settings, images, name=name, caching=not no_cache, allow_unpushed=allow_unpushed)
+        order = prepare(params, settings, images, name=name, caching=not no_cache, publish=not no_publish, allow_unpushed=allow_unpushed)
         if not images.by_digest:
             click.echo("caching is off: images are given by tag, and the cluster's cache cannot tell when a tag has moved", err=True)
         with TemporaryDirectory() as scratch:

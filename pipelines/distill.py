@@ -1,4 +1,4 @@
-"""The whole chain as one pipeline, from the preflight to the report, and the arguments of a run.
+"""The whole chain as one pipeline, from the preflight to the report and the version in the registry, and the arguments of a run.
 
 Loops are one level deep and short, no loop stands in an exit handler, and no importer in a loop: backends fail on these.
 """
@@ -18,9 +18,10 @@ from components.images import Images
 from components.preflight.component import preflight as check_needs
 from components.prepare.component import prepare as prepare_images
 from components.pretrain.component import pretrain as make_generator
+from components.publish.component import publish as make_version
 from components.report.component import report as gather_scores
 from components.sample.component import sample as draw_images
-from diffstill.config import Params
+from diffstill.config import Params, PublishConfig
 from diffstill.errors import DiffstillError
 from pipelines.placement import Placement
 from pipelines.settings import MAX_ITERATIONS, InfraConfig, Settings, ShardsConfig
@@ -30,7 +31,7 @@ DESCRIPTION = "Distil a labelled image set into a tiny synthetic one by diffusio
 
 
 class Made(NamedTuple):
-    """What the pipeline gives: every artifact of the chain."""
+    """What the pipeline gives: every artifact of the chain. The card is not among them: no pipeline gives out what a branch makes."""
 
     images: dsl.Dataset
     generator: dsl.Model
@@ -64,6 +65,7 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
         needs: str,
         weights_uri: str = "",
         data_version: str = "",
+        publish: str = "",
     ) -> Made:
         """Distil and judge.
 
@@ -82,6 +84,7 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
             needs: What the preflight checks, as JSON.
             weights_uri: A diffusers DiTPipeline folder to start from; empty = train from scratch.
             data_version: What tells the data from other data at the same location; empty = the location does.
+            publish: Section `publish` of params.yaml as JSON; empty = make no version in the registry.
 
         """
         checked = place(check_needs(needs=needs, params=params), "preflight")
@@ -129,16 +132,20 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
             return {name: dsl.Collected(cell.outputs["scores"]) for name, cell in cells.items()}
 
         told = place(gather_scores(config=report, images=images, denoiser=denoiser, distilled=distilled, untuned=untuned, **scores()), "report")
+        with dsl.If(publish != "", name="registry"):
+            place(make_version(config=publish, distilled=distilled, report=told.outputs["report"]), "publish")
         single = {"images": images, "generator": generator, "latents": latents, "denoiser": denoiser, "distilled": distilled, "untuned": untuned}
         return Made(**single, **scores(), report=told.outputs["report"])
 
     return distill
 
 
-def arguments(params: Params, settings: Settings | None, shards: ShardsConfig, data_version: str = "") -> Mapping[str, str | list[str]]:
+def arguments(
+    params: Params, settings: Settings | None, shards: ShardsConfig, data_version: str = "", *, publish: bool = False
+) -> Mapping[str, str | list[str]]:
     """The arguments of a run: one JSON text per section, because Kubeflow turns integers in mappings into floats.
 
-    Raises `DiffstillError` on what a pipeline cannot do. Without `settings` the preflight needs nothing.
+    Raises `DiffstillError` on what a pipeline cannot do. Without `settings` the preflight needs MLflow if the run is to `publish`, and else nothing.
     """
     if params.sample.classes is not None:
         raise DiffstillError(
@@ -147,20 +154,27 @@ def arguments(params: Params, settings: Settings | None, shards: ShardsConfig, d
     students = list(params.evaluate.students)
     if len(students) > MAX_ITERATIONS:
         raise DiffstillError(f"`evaluate.students` lists {len(students)} networks, a loop of the pipeline takes {MAX_ITERATIONS}; split the run")
+    if publish and params.publish.name is None and params.prepare.source == "folder":
+        raise DiffstillError(
+            "`publish.name` is null, but images of a folder have no name of their own; set it, like distilled-flowers, or do not ask for a version"
+        )
     return {
         **{name: params.section(name).canonical() for name in Params.STAGES},
+        **({} if publish else {"publish": ""}),
         "students": students,
         "encode_shards": [f"{index}/{shards.encode}" for index in range(shards.encode)],
         "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
         "params": params.canonical(),
-        "needs": json.dumps(_needs(settings) if settings else {}, sort_keys=True),
+        "needs": json.dumps(_needs(settings, params.publish if publish else None), sort_keys=True),
         "weights_uri": (params.pretrain.location or "") if params.pretrain.source == "folder" else "",
         "data_version": data_version,
     }
 
 
-def _needs(settings: Settings) -> dict[str, object]:
+def _needs(settings: Settings | None, publish: PublishConfig | None) -> dict[str, object]:
     """What the preflight must find: what its own pod is promised, which is that of fine-tuning, and the services of all pods."""
+    if settings is None:
+        return {"mlflow": True} if publish else {}
     infra, resources = settings.infra, settings.infra.resources["finetune"]
     root = settings.cluster.pipeline_root or ""
     return {
@@ -168,6 +182,6 @@ def _needs(settings: Settings) -> dict[str, object]:
         "disk_gib": infra.disk_gib,
         "shared_memory_gib": float(parse_quantity(resources.shared_memory) / 2**30) if resources.shared_memory else 0.0,
         "environment": sorted(infra.variables),
-        "store": infra.store or (root if root.startswith("s3://") else None),
-        "mlflow": "MLFLOW_TRACKING_URI" in infra.variables,
+        "store": infra.store or (publish and publish.store) or (root if root.startswith("s3://") else None),
+        "mlflow": bool(publish) or "MLFLOW_TRACKING_URI" in infra.variables,
     }

@@ -10,7 +10,7 @@ from diffstill import storage
 from diffstill.artifacts import MANIFEST, Artifact, Manifest, open_artifact
 from diffstill.errors import DiffstillError
 
-NAMES = ("images", "generator", "latents", "denoiser", "distilled", "untuned", "scores", "report")
+NAMES = ("images", "generator", "latents", "denoiser", "distilled", "untuned", "scores", "report", "card")
 
 
 def fetch(uri: str, folder: Path, only: Collection[str] = NAMES) -> list[Path]:

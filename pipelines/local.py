@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from kfp import local
 from kfp.dsl.base_component import BaseComponent
 from kfp.local import docker_task_handler
+from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
 from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 
 import diffstill
@@ -27,9 +28,12 @@ from diffstill.artifacts import file_digest, refuse_foreign
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, score_names
-from diffstill.tracking import chain_name
+from diffstill.tracking import OFF, chain_name, tracking_uri
 from pipelines.distill import arguments, build
 from pipelines.settings import InfraConfig, Settings, ShardsConfig
+
+CARD = "card"
+"""The one artifact that a pipeline cannot give out: a branch makes it. The task `publish` is never cached, so it lies in the latest run."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,29 @@ def run_local(
     shards: ShardsConfig,
     cache: bool = True,
     retries: int = 0,
+    publish: bool = False,
 ) -> Path:
     """Run the pipeline and lay its artifacts out as the chain does; the folder of the artifacts, `folder`/artifacts.
 
-    `folder`/runs keeps the outputs of every task, `folder`/cache what makes a second run skip them, run.log what was said. Raises
+    With `publish` a version is made in the registry, and its card is laid out too. `folder`/runs keeps the outputs of every task, `folder`/cache what makes a second run skip them, run.log what was said. Raises
     `DiffstillError` if a task fails; what an earlier run laid out stays then.
     """
-    for name in _places(params):
+    if publish and tracking_uri() == OFF:
+        raise DiffstillError(
+            "--publish makes a version in MLflow, and MLFLOW_TRACKING_URI is `none`; set it to your server, or unset it for mlflow.db here"
+        )
+    for name in (*_places(params), CARD):
         refuse_foreign(folder / "artifacts" / name)
     images = Images(executor.image, executor.image)
-    pipeline, given = build(_at_hand(settings.infra, retries), images), arguments(params, None, shards, _data_version(params))
-    with _environment(DIFFSTILL_CHAIN=chain_name(params)), _alone(folder):
+    pipeline = build(_at_hand(settings.infra, retries), images)
+    given = arguments(params, None, shards, _data_version(params), publish=publish)
+    with _environment(DIFFSTILL_CHAIN=chain_name(params), MLFLOW_TRACKING_URI=tracking_uri()), _alone(folder):
         outputs = execute(pipeline, given, folder, executor, cache=cache)
-        return _lay_out(outputs, params, folder / "artifacts")
+        made = _lay_out(outputs, params, folder / "artifacts")
+        if publish:
+            latest = max((folder / "runs").iterdir(), key=lambda run: run.name)
+            _copy(latest / "publish" / CARD, made / CARD)
+        return made
 
 
 @contextmanager
@@ -196,9 +210,19 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _mend_kfp() -> None:
-    """Kfp 2.17.0 cannot choose among artifacts locally, and may take a failed container for a good one."""
+    """Kfp 2.17.0 cannot choose among artifacts locally, takes conditions on texts with quotes for false, and may take a failed container for a good one."""
+    ConditionEvaluator._resolve_pipeline_channel = staticmethod(_in_quotes)
     OrchestratorUtils.get_dag_output_artifacts = staticmethod(_chosen_artifacts)
     docker_task_handler.run_docker_container = _run_container
+
+
+_value_of = ConditionEvaluator._resolve_pipeline_channel
+
+
+def _in_quotes(reference: str, io_store: Any) -> Any:
+    """A value of a condition; a text as it may stand between the single quotes that kfp puts around it."""
+    value = _value_of(reference, io_store)
+    return value.replace("\\", "\\\\").replace("'", "\\'") if isinstance(value, str) else value
 
 
 def _chosen_artifacts(dag_outputs_spec: Any, io_store: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ RUN_LABEL = "metadata.labels['pipeline/runid']"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (inside the container)
 WORK = "/var/diffstill"
 """Where the persistent volume for checkpoints is mounted."""
+NEVER_CACHED = ("preflight", "publish")
+"""Tasks whose effect is outside: what they have done once may be gone."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Placement:
         `shown` is its name in the graph, where that is not `name`.
         """
         task.set_display_name(shown or name)
-        task.set_caching_options(self.caching and name != "preflight")
+        task.set_caching_options(self.caching and name not in NEVER_CACHED)
         resources = self.infra.resources["finetune" if name == "preflight" else name]
         task.set_container_image(self.images.gpu if resources.gpus else self.images.cpu)
         _amounts(task, resources)
@@ -39,6 +41,8 @@ class Placement:
             kubernetes.add_pod_label(task, QUEUE_LABEL, self.infra.queue)
         self._identity(task)
         self._environment(task, resources)
+        if name == "publish" and self.images.by_digest:
+            task.set_env_variable("DIFFSTILL_IMAGE", task.container_spec.image)  # for a tag of the version
         if resources.timeout_minutes:
             kubernetes.set_timeout(task, 60 * resources.timeout_minutes)
         if resources.retries and name != "preflight":

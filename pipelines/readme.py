@@ -87,5 +87,6 @@ def _command(name: str, resources: Resources) -> str:
         return "docker run --rm diffstill:cpu diffstill doctor --disk 1 --environment HOME"
     stage = STAGES[name]
     paths = [f"--{given} artifacts/{given}" for given in (*stage.inputs, *stage.optional, *stage.many, stage.output)]
-    image = "--gpus all diffstill:gpu" if resources.gpus else "diffstill:cpu"
+    options = "--gpus all " * bool(resources.gpus) + "--env MLFLOW_TRACKING_URI " * stage.registers
+    image = f"{options}diffstill:{'gpu' if resources.gpus else 'cpu'}"
     return f'docker run --rm --user "$(id -u)" --volume "$PWD:/data" --workdir /data {image} \\\n  diffstill {name} {" ".join(paths)}'

@@ -23,7 +23,7 @@ Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 """The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 """An amount as Kubernetes writes it, like 500m or 64Gi."""
-RESERVED = ("PATH", "HOME", "PYTHONPATH", "DIFFSTILL_CHAIN", "DIFFSTILL_DEVICE", "DIFFSTILL_WORK")
+RESERVED = ("PATH", "HOME", "PYTHONPATH", "DIFFSTILL_CHAIN", "DIFFSTILL_DEVICE", "DIFFSTILL_IMAGE", "DIFFSTILL_WORK")
 Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
 
 
@@ -94,7 +94,7 @@ class InfraConfig(Section):
         None, description="persistent volume claim for checkpoints, so that a preempted task goes on; null = a retry begins anew"
     )
     store: Annotated[str, Field(pattern=r"^s3://[^@\s]+$")] | None = Field(
-        None, description="bucket and prefix that the preflight must be able to use"
+        None, description="bucket and prefix that the preflight must be able to use; null = publish.store where the run publishes, else pipeline_root"
     )
     disk_gib: Annotated[float, Field(ge=0)] = Field(10.0, description="free space that the preflight must find on the GPU node")
     resources: Mapping[str, Resources] = Field(description="what each task gets: one entry per stage, and `gather`, which joins shards")

@@ -58,11 +58,13 @@ class Submission:
         }
 
 
-def prepare(params: Params, settings: Settings, images: Images, *, name: str | None, caching: bool, allow_unpushed: bool) -> Submission:
+def prepare(
+    params: Params, settings: Settings, images: Images, *, name: str | None, caching: bool, publish: bool, allow_unpushed: bool
+) -> Submission:
     """Raises `DiffstillError` on parameters that no cluster can run, and on data that its pods could not get."""
     _refuse_weights(params)
     found = pinned(params, allow_unpushed=allow_unpushed)
-    given = arguments(found, settings, settings.shards, data_version(found))
+    given = arguments(found, settings, settings.shards, data_version(found), publish=publish)
     title = name or f"{params.prepare.source} ipc{params.sample.images_per_class} {git_sha()[:8]}"
     return Submission(title, params, settings, images, given, caching and images.by_digest)
 

@@ -63,6 +63,29 @@ def test_the_report_comes_with_a_page_and_a_table(tiny_chain, tmp_path):
     assert contents(tmp_path / "report") == contents(tiny_chain.artifacts / "report")
 
 
+@pytest.fixture
+def tracked(monkeypatch, tmp_path):
+    """A registry of one's own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_gate_ends_a_task_with_3_and_without_it_the_card_is_shown(tiny_chain, tmp_path, tracked, capsys):
+    given, out = handed(tiny_chain.artifacts, "distilled", "report"), handed(tmp_path, "card", "summary", "metrics")
+    with pytest.raises(SystemExit) as ended:
+        run_task("publish", '{"gate": "val-gain"}', **given, **out)
+    assert ended.value.code == 3
+    assert "the gain is not shown to be above zero" in capsys.readouterr().err
+    assert not (tmp_path / "card").exists()
+
+    run_task("publish", '{"gate": "off"}', **given, **out)
+    assert out["metrics"].logged["version"] == 1
+    card, shown = (tmp_path / "card" / "card.md").read_text(), (tmp_path / "summary").read_text()
+    pictures = [line for line in card.splitlines() if line not in shown.splitlines()]
+    assert pictures == [f"![{name}](sheets/{name}.png)" for name in tiny_chain.params.prepare.classes]
+    assert "| distilled |" in shown
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -117,12 +140,10 @@ def test_malformed_needs_are_named(needs, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_preflight_opens_the_run_in_mlflow(monkeypatch, tmp_path):
+def test_the_preflight_opens_the_run_in_mlflow(monkeypatch, tmp_path, tracked):
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("DIFFSTILL_CHAIN", "run-4711")
-    monkeypatch.chdir(tmp_path)
     run_preflight("{}", preset("tiny").canonical())
     out = handed(tmp_path, "images", "metrics")
     run_task("prepare", preset("tiny").prepare.canonical(), **out)

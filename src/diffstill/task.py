@@ -9,6 +9,7 @@ import base64
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,9 +58,9 @@ def run_task(
 ) -> None:
     """Run a stage with its section of the parameters as JSON, and its artifacts and options by the names of its signature.
 
-    Numbers go to `metrics`; pictures, the page and the table, where asked for, to files that Kubeflow's pages show.
+    Numbers go to `metrics`; pictures, the page and the table or card, where asked for, to files that Kubeflow's pages show.
     `data_version` is there for Kubeflow's cache, which knows a task by what it is given. Bad input ends the process with
-    one message and exit code 2.
+    one message and exit code 2, a set that the gate refuses with 3.
     """
     with _one_message():
         if data_version:
@@ -79,7 +80,7 @@ def run_task(
         if page:
             shutil.copyfile(made / "report.html", page.path)
         if summary:
-            _write(summary, markdown(made))
+            _write(summary, _card(made) if stage == "publish" else markdown(made))
 
 
 def run_preflight(needs: str, params: str) -> None:
@@ -91,14 +92,14 @@ def run_preflight(needs: str, params: str) -> None:
 
 @contextmanager
 def _one_message() -> Iterator[None]:
-    """Progress to standard error; a user's error is one message and exit code 2, a bug keeps its traceback."""
+    """Progress to standard error; a user's error is one message and its exit code, a bug keeps its traceback."""
     logging.basicConfig(format="diffstill: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     logging.getLogger("diffstill").setLevel(logging.INFO)
     try:
         yield
     except DiffstillError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        raise SystemExit(error.exit_code) from error
 
 
 def _path(value: Any) -> Path | list[Path]:
@@ -107,6 +108,11 @@ def _path(value: Any) -> Path | list[Path]:
 
 def _write(artifact: Artifact, text: str) -> None:
     Path(artifact.path).write_text(text, encoding="utf-8")
+
+
+def _card(made: Path) -> str:
+    """The card without its pictures: they are files beside it, which a page of Kubeflow does not reach."""
+    return re.sub(r"^!\[.*\]\(sheets/.*\)\n", "", (made / "card.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def _pictures(files: Sequence[Path]) -> str:

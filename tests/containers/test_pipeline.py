@@ -77,7 +77,7 @@ def test_the_tasks_ran_as_the_user_of_the_image_or_the_one_that_was_asked_for(he
 def test_a_failing_container_is_told(here: Here) -> None:
     """kfp's own runner takes it for a good one now and then."""
     before = contents(here.folder / "local" / "artifacts")
-    values = yaml.safe_load(render_params(preset("tiny")))
+    values = preset("tiny").plain()
     values["prepare"]["classes"] = ["0", "1", "eleven"]
     (here.folder / "params.yaml").write_text(yaml.safe_dump(values))
     done = here.run()

@@ -165,6 +165,15 @@ def test_a_dry_run_prints_what_would_be_sent_and_sends_nothing(project, server):
     assert version.display_name == told["version"]
 
 
+def test_a_submitted_run_publishes_unless_told(project, server):
+    asked, silent = (json.loads(submit("--dry-run", *options).stdout)["arguments"] for options in ((), ("--no-publish",)))
+    assert asked["publish"] == preset("tiny").publish.plain()
+    assert silent["publish"] == ""
+    assert on("schedule create", "--images-lock", "images.lock", "--every", "3600", "--no-publish").exit_code == 0
+    (recurring,) = server.recurring.values()
+    assert recurring.runtime_config.parameters["publish"] == ""
+
+
 def test_a_dry_run_needs_no_cluster(project):
     settings = yaml.safe_load(Path("settings.yaml").read_text())
     settings["cluster"] |= {"host": None, "token_env": None}
@@ -209,7 +218,12 @@ def test_a_folder_without_git_is_refused_unless_told(project, server):
 
 def locate(project, location):
     params = preset("folder")
-    params = params.model_copy(update={"prepare": params.prepare.model_copy(update={"location": location})})
+    params = params.model_copy(
+        update={
+            "prepare": params.prepare.model_copy(update={"location": location}),
+            "publish": params.publish.model_copy(update={"name": "distilled-pets"}),
+        }
+    )
     (project / "params.yaml").write_text(render_params(params))
     git("commit", "--all", "--message", "data")
 
@@ -389,6 +403,7 @@ def made(tmp_path):
         "scores/distilled-convnet-2": ("scores", {"sources": ["distilled"], "students": ["convnet-2"]}),
         "scores/real-convnet-2": ("scores", {"sources": ["full", "random"], "students": ["convnet-2"]}),
         "report": ("report", {}),
+        "card": ("card", {}),
     }
     for place, (kind, said) in facts.items():
         with new_artifact(root / place, kind, params.prepare, {}) as draft:
@@ -421,10 +436,17 @@ def outputs(bucket, made, run_id):
     return put
 
 
+def test_the_card_is_fetched_where_the_run_made_one(project, outputs, run_id):
+    assert "has no card; wait" in refused(on("fetch", run_id, "--output", "artifacts", "--only", "card"))
+    outputs("card")
+    assert on("fetch", run_id, "--output", "artifacts", "--only", "card").stdout == "fetched artifacts/card\n"
+    assert open_artifact(project / "artifacts/card", "card").manifest.kind == "card"
+
+
 def test_a_run_is_fetched_as_the_chain_lays_it_out(project, outputs, made, run_id):
     done = on("fetch", run_id, "--output", "artifacts")
     assert done.exit_code == 0, done.output
-    expected = {name: digest for name, digest in contents(made).items() if not name.startswith("part")}
+    expected = {name: digest for name, digest in contents(made).items() if not name.startswith(("part", "card"))}
     assert contents(project / "artifacts") == expected
     assert "fetched artifacts/report" in done.stdout
     assert on("fetch", run_id, "--output", "artifacts", "--only", "report").stdout == "artifacts is up to date\n"

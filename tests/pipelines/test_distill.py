@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.images import load_images
+from components.images import TAGGED, load_images
 from diffstill.config import Params, preset
 from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, chain
@@ -71,7 +71,7 @@ class Graph:
         self.tasks: dict[str, dict[str, typing.Any]] = {}
         self._walk(self.spec["root"], {}, [])
 
-    def _walk(self, dag: dict[str, typing.Any], outer: dict[str, str], path: list[str]) -> None:
+    def _walk(self, dag: dict[str, typing.Any], outer: dict[str, str], path: list[str], condition: str = "") -> None:
         """Visit a part of the pipeline; `outer` says what its own inputs are."""
         made: dict[tuple[str, str], str] = {}
         pending = dict(dag["dag"]["tasks"])
@@ -86,7 +86,8 @@ class Graph:
                 }
                 component = self.spec["components"][task["componentRef"]["name"]]
                 if "dag" in component:
-                    made |= {(key, name): source for name, source in self._walk_part(component, inputs, [*path, key]).items()}
+                    asked = task.get("triggerPolicy", {}).get("condition", condition)
+                    made |= {(key, name): source for name, source in self._walk_part(component, inputs, [*path, key], asked).items()}
                 else:
                     shown = task["taskInfo"]["name"]
                     executor = component["executorLabel"]
@@ -96,6 +97,7 @@ class Graph:
                         "inputs": inputs,
                         "executor": executor,
                         "path": path,
+                        "condition": condition,
                         "cached": task.get("cachingOptions", {}),
                         "retry": task.get("retryPolicy"),
                     }
@@ -103,9 +105,9 @@ class Graph:
                 del pending[key]
         self._made = made
 
-    def _walk_part(self, component: dict[str, typing.Any], inputs: dict[str, str], path: list[str]) -> dict[str, str]:
+    def _walk_part(self, component: dict[str, typing.Any], inputs: dict[str, str], path: list[str], condition: str) -> dict[str, str]:
         loop = {"pipelinechannel--" + name: value for name, value in inputs.items()}
-        self._walk(component, {**inputs, **loop}, path)
+        self._walk(component, {**inputs, **loop}, path, condition)
         made = self._made
         outputs = component["dag"].get("outputs", {}).get("artifacts", {})
         return {
@@ -134,7 +136,7 @@ KFP_ONLY = {"preflight", "importer", "pretrain-import", "encode-shard", "sample-
 
 def test_the_pipeline_has_the_steps_of_the_chain(graph):
     steps = {re.sub(r"@(distilled|untuned)-.*", r"-\1", step.name).partition("@")[0] for step in chain(preset("tiny"))}
-    assert set(graph.tasks) - KFP_ONLY == steps
+    assert set(graph.tasks) - KFP_ONLY == steps | {"publish"}
 
 
 def test_every_task_takes_the_section_of_its_stage(graph):
@@ -196,8 +198,16 @@ def test_nothing_starts_before_the_preflight(graph):
     assert roots == ["preflight"] or set(roots) == {"preflight", "importer"}
 
 
-def test_only_the_preflight_and_the_import_are_never_cached(graph):
-    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} == {"preflight", "importer"}
+def test_publishing_comes_last_and_only_where_it_is_asked_for(graph):
+    publish = graph.tasks["publish"]
+    assert publish["inputs"] == {"config": "publish", "distilled": "sample.distilled", "report": "report.report"}
+    assert publish["condition"] == "inputs.parameter_values['pipelinechannel--publish'] != ''"
+    assert [shown for shown, task in graph.tasks.items() if "publish" in task["condition"]] == ["publish"]
+    assert not any(source.startswith("publish.") for task in graph.tasks.values() for source in task["inputs"].values())
+
+
+def test_what_has_its_effect_outside_is_never_cached(graph):
+    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} == {"preflight", "importer", "publish"}
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -205,7 +215,7 @@ def test_only_the_preflight_and_the_import_are_never_cached(graph):
 
 def test_arguments_are_texts_that_give_the_sections_back():
     params, settings = preset("fashion-mnist"), load_settings(ROOT / "pipelines" / "settings.yaml")
-    given = arguments(params, settings, ShardsConfig(encode=2, sample=3))
+    given = arguments(params, settings, ShardsConfig(encode=2, sample=3), publish=True)
     for name in Params.STAGES:
         assert type(params.section(name)).model_validate_json(given[name]) == params.section(name)
     assert Params.model_validate_json(given["params"]) == params
@@ -216,8 +226,41 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
     assert needs["environment"] == ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"]
     assert (needs["disk_gib"], needs["store"]) == (10.0, None)
-    rooted = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"pipeline_root": "s3://bucket/runs"})})
-    assert json.loads(arguments(params, rooted, ShardsConfig())["needs"])["store"] == "s3://bucket/runs"
+
+
+def test_the_preflight_looks_at_the_services_that_the_run_will_use():
+    params, settings = preset("tiny"), load_settings(ROOT / "pipelines" / "settings.yaml")
+    stored = params.model_copy(update={"publish": params.publish.model_copy(update={"store": "s3://versions/sets"})})
+    infra = settings.infra.model_copy(update={"config_maps": {}})
+    rooted = Settings(cluster=settings.cluster.model_copy(update={"pipeline_root": "s3://bucket/runs"}), infra=infra)
+    watched = rooted.model_copy(update={"infra": infra.model_copy(update={"store": "s3://watched/here"})})
+
+    def needs(params, settings, publish):
+        return json.loads(arguments(params, settings, ShardsConfig(), publish=publish)["needs"])
+
+    found = {(one["store"], one["mlflow"]) for one in (needs(params, rooted, True), needs(stored, rooted, True), needs(stored, watched, True))}
+    assert found == {("s3://bucket/runs", True), ("s3://versions/sets", True), ("s3://watched/here", True)}
+    unpublished = needs(stored, rooted, False)
+    assert (unpublished["store"], unpublished["mlflow"]) == ("s3://bucket/runs", False)
+    assert (needs(params, None, True), needs(params, None, False)) == ({"mlflow": True}, {})
+
+
+def test_a_run_that_does_not_publish_differs_in_what_it_asks_for_alone():
+    params = preset("tiny")
+    asked, silent = (arguments(params, None, ShardsConfig(), publish=publish) for publish in (True, False))
+    assert {name for name in asked if asked[name] != silent[name]} == {"publish", "needs"}
+    assert silent["publish"] == ""
+
+
+def test_a_version_without_a_name_is_refused_before_the_run():
+    values = preset("tiny").plain()
+    values["prepare"] |= {"source": "folder", "location": "s3://bucket/images"}
+    nameless = Params.model_validate_json(json.dumps(values))
+    with pytest.raises(DiffstillError, match=r"`publish.name` is null"):
+        arguments(nameless, None, ShardsConfig(), publish=True)
+    assert arguments(nameless, None, ShardsConfig())["publish"] == ""
+    values["publish"]["name"] = "distilled-flowers"
+    assert json.loads(arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig(), publish=True)["publish"])["name"]
 
 
 def test_the_preflight_asks_for_no_more_than_its_pod_gets():
@@ -311,4 +354,10 @@ def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
         assert {each["name"] for each in kubernetes["fieldPathAsEnv"]} == {"DIFFSTILL_CHAIN"}
         assert kubernetes["pvcMount"][0]["mountPath"] == "/var/diffstill"
         device = {"DIFFSTILL_DEVICE": "cuda"} if "accelerator" in container["resources"] else {}
-        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill", **device}
+        origin = {"DIFFSTILL_IMAGE": container["image"]} if shown == "publish" else {}
+        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill", **device, **origin}
+
+
+def test_a_version_names_no_image_that_could_be_another_tomorrow(tmp_path):
+    write_package(load_settings(ROOT / "pipelines" / "settings.yaml"), TAGGED, tmp_path / "distill.yaml")
+    assert "DIFFSTILL_IMAGE" not in (tmp_path / "distill.yaml").read_text()

@@ -6,19 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from filelock import FileLock
 from kfp.components import load_component_from_text
 from kfp_server import KfpServer
 
 from chains import contents
 from diffstill.artifacts import WorkFolder, open_artifact
-from diffstill.config import load_params, preset, render_params
+from diffstill.config import PublishConfig, load_params, preset, render_params
+from diffstill.registry import KINDS, Registry
 from diffstill.run import chain
+from pipelines.__main__ import main
 from pipelines.local import execute, processes
 
 pytestmark = pytest.mark.timeout(900)
@@ -103,6 +106,64 @@ def test_a_second_run_makes_nothing_anew(place, two_shards, chain_artifacts):
     assert contents(place.folder / "local" / "artifacts") == chain_artifacts
 
 
+@pytest.fixture(scope="module")
+def tracked(place):
+    """The same folder, with a registry."""
+    return replace(place, tracking=f"sqlite:///{place.folder / 'registry.db'}")
+
+
+def publish(tracked, **section):
+    """Run the pipeline with another section `publish`."""
+    params = load_params(tracked.folder / "params.yaml")
+    (tracked.folder / "publish.yaml").write_text(render_params(params.model_copy(update={"publish": PublishConfig(**section)})))
+    return tracked.run("--shards", "2", "--publish", "--params", "publish.yaml")
+
+
+@pytest.fixture
+def registry(tracked, monkeypatch, tmp_path):
+    """The registry, looked at from outside; no card stays beside the artifacts of other tests."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracked.tracking)
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path))
+    yield Registry.here()
+    shutil.rmtree(tracked.folder / "local" / "artifacts" / "card", ignore_errors=True)
+
+
+def test_publishing_twice_makes_one_version_of_what_was_laid_out(place, two_shards, tracked, registry):
+    note = r"""It's a "trial" of \ ' and ''."""
+    for _ in range(2):
+        done = publish(tracked, gate="off", note=note)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert ran(done.stdout + done.stderr) == {"preflight", "publish"}
+    (version,) = registry.search("distilled-digits")
+    assert version.ref == "distilled-digits/1"
+    assert note in version.card
+    assert not {"image", "kfp_run_id"} & set(version.tags), "no cluster was there"
+    for kind in KINDS:
+        assert contents(registry.fetch(version, kind)) == contents(place.folder / "local" / "artifacts" / kind)
+
+
+def test_what_the_gate_refuses_is_told_and_registered_nowhere(place, two_shards, tracked, registry):
+    before = contents(place.folder / "local" / "artifacts")
+    done = publish(tracked, gate="val-gain", name="refused")
+    told = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert re.search(r"^error: a set of 2 images per class reaches .*the gain is not shown to be above zero", told, re.MULTILINE)
+    assert "Traceback" not in told
+    assert "error: the pipeline failed" in done.stderr
+    assert registry.search("refused") == []
+    assert contents(place.folder / "local" / "artifacts") == before
+
+
+@pytest.mark.parametrize(("options", "said"), [((), "MLFLOW_TRACKING_URI is `none`"), (("--runner", "docker"), "have no network to a registry")])
+def test_publishing_without_a_registry_is_refused_before_anything_starts(tmp_path, options, said):
+    (tmp_path / "params.yaml").write_text(render_params(preset("tiny")))
+    order = ["run-local", "--params", str(tmp_path / "params.yaml"), "--output", str(tmp_path / "local"), "--publish", *options]
+    done = CliRunner().invoke(main, order)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "local").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_another_number_of_shards_gives_the_same_bytes(place, two_shards, chain_artifacts, count):
@@ -124,7 +185,7 @@ def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp
         (tmp_path / "images.lock").write_text(json.dumps(images))
         values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
         values["cluster"] |= {"host": server.url, "token_env": "KFP_TOKEN"}
-        values["infra"] |= {"secrets": {}, "config_maps": {}, "disk_gib": 0.1}
+        values["infra"] |= {"secrets": {}, "config_maps": {}, "disk_gib": 0.1}  # and MLflow, because the run publishes
         values["infra"]["resources"] = {name: {} for name in values["infra"]["resources"]}
         (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "pipelines", "submit", "--params", "params.yaml", "--settings", str(tmp_path / "settings.yaml")]
@@ -134,17 +195,23 @@ def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp
         assert sent.returncode == 0, sent.stdout + sent.stderr
         (received,), (run,) = server.packages.values(), server.runs.values()
     pipeline = load_component_from_text(received.decode())
-    monkeypatch.setenv("DIFFSTILL_WORK", str(tmp_path / "work"))
+    origin = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "DIFFSTILL_CHAIN": run.run_id}
+    for name, value in {"DIFFSTILL_WORK": str(tmp_path / "work"), **origin}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
     outputs = execute(pipeline, run.runtime_config.parameters, tmp_path / "local", processes(), cache=False)
     for name in ("images", "generator", "latents", "denoiser", "distilled", "untuned", "report"):
         made = {f"{name}/{path}": digest for path, digest in contents(Path(outputs[name].path)).items()}
         assert made == {path: digest for path, digest in chain_artifacts.items() if path.startswith(f"{name}/")}, name
+    (version,) = Registry.here().search()
+    assert (version.tags["image"], version.tags["kfp_run_id"]) == (images["cpu"], run.run_id)
+    assert version.digest() == open_artifact(place.folder / "chain" / "artifacts" / "distilled", "distilled").digest
 
 
 @pytest.mark.slow
 def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
     """The other branch: a DiTPipeline folder goes through kfp's importer."""
-    values = yaml.safe_load(render_params(preset("tiny")))
+    values = preset("tiny").plain()
     values["pretrain"] |= {"source": "folder", "location": str(place.folder / "local" / "artifacts" / "generator")}
     other = Place(tmp_path)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
@@ -158,7 +225,7 @@ def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
 
 
 def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artifacts):
-    values = yaml.safe_load(render_params(preset("tiny")))
+    values = preset("tiny").plain()
     values["prepare"]["classes"] = ["0", "1", "eleven"]
     wanted = place.folder / "params.yaml"
     before = wanted.read_text()

@@ -52,6 +52,8 @@ def test_the_committed_settings_are_whole():
         ("infra/secrets/other", {"key": "AWS_ACCESS_KEY_ID"}, "AWS_ACCESS_KEY_ID is given twice"),
         ("infra/secrets/other", {"key": "DIFFSTILL_CHAIN"}, "DIFFSTILL_CHAIN is given twice, or is one that a task needs"),
         ("infra/resources/finetune/tolerations", [{"operator": "Equal", "key": "a"}], "goes with a `key` and a `value`"),
+        ("infra/config_maps/other", {"key": "DIFFSTILL_IMAGE"}, "DIFFSTILL_IMAGE is given twice, or is one that a task needs"),
+        ("infra/resources/publish", None, "lacks publish"),
         ("shards/encode", 31, "shards.encode"),
         ("shards/encode", 0, "shards.encode"),
     ],
