@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from diffstill.config import PRESETS, Params, PrepareConfig, Section, json_schema, load_params, preset, render_params
+from diffstill.config import PRESETS, Params, PrepareConfig, PublishConfig, Section, json_schema, load_params, preset, read_json, render_params
 from diffstill.errors import DiffstillError
 
 ROOT = Path(__file__).parents[1]
@@ -287,3 +287,15 @@ def test_a_location_holds_no_credentials(tmp_path, section, location):
 def test_other_locations_are_taken(tmp_path, location):
     (tmp_path / "params.yaml").write_text(f"prepare: {{source: folder, location: '{location}'}}\n")
     assert load_params(tmp_path / "params.yaml").prepare.location == location
+
+
+def test_a_gate_that_is_off_is_off_for_tools_of_yaml_1_1_too():
+    """They read a bare `off` as false, so it is written in quotes, and false is taken for it."""
+    written = render_params(preset("tiny"))
+    assert 'gate: "off"' in written
+    old = YAML(typ="safe", pure=True)
+    old.version = (1, 1)
+    assert old.load(written)["publish"]["gate"] == "off"
+    assert read_json('{"gate": false}', PublishConfig).gate == read_json('{"gate": "off"}', PublishConfig).gate == "off"
+    with pytest.raises(DiffstillError, match="`gate` is True"):
+        read_json('{"gate": true}', PublishConfig)

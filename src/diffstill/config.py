@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -50,6 +50,8 @@ Batch = Annotated[int, Field(ge=1, le=100_000)]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+YAML_1_1 = ("on", "off", "yes", "no", "y", "n")
+"""Words that YAML 1.1, and with it many tools, reads as true or false."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -239,7 +241,7 @@ class PublishConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=200)] | None = Field(
         None, description="registered model; null = distilled-<prepare.source>"
     )
-    gate: Literal["val-gain", "off"] = Field(
+    gate: Annotated[Literal["val-gain", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = Field(
         "val-gain", description="val-gain: refuse a set whose gain over real images of the same number is not shown on val; off: publish any"
     )
     store: Location = Field(None, description="s3://<bucket>/<prefix> for the files; null = MLflow's own artifact store")
@@ -446,7 +448,7 @@ def _commented(section: Section, indent: int = 0) -> CommentedMap:
 def _flow(value: Any) -> Any:
     """`value` as YAML shows it: a tuple in one line, odd text in quotes (ruamel writes some of it so that it is read as a mapping)."""
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z][\w.+-]*", value) else DoubleQuotedScalarString(value)
+        return value if re.fullmatch(r"[A-Za-z][\w.+-]*", value) and value not in YAML_1_1 else DoubleQuotedScalarString(value)
     if not isinstance(value, tuple):
         return value
     sequence = CommentedSeq(map(_flow, value))
