@@ -32,6 +32,8 @@ CHAIN_TAG = "diffstill.chain"
 DESCRIPTION = "mlflow.note.content"
 """The tag that MLflow shows as the description of a run or an experiment, in Markdown."""
 OFF = "none"
+SHOWN = 240
+"""Characters of MLflow's reason in a message of ours."""
 LAST = ("report", "publish")
 """Steps after which a chain is finished."""
 ABOUT = """\
@@ -160,6 +162,7 @@ def connect() -> MlflowClient:
 
     for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry is a warning there; what fails in the end is our message
     return MlflowClient(tracking_uri())
 
 
@@ -172,10 +175,11 @@ def answering() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError) as error:
-        reason = without_secrets(" ".join(str(error).split()))[:200]
+        reason = without_secrets(" ".join(str(error).split()))
+        reason = reason if len(reason) <= SHOWN else f"{reason[: SHOWN // 2]} ... {reason[-SHOWN // 2 :]}"  # the cause stands at the end
         raise DiffstillError(
             f"MLflow at {without_secrets(tracking_uri())} refuses ({reason}); "
-            "mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID, or set MLFLOW_TRACKING_URI to `none` to go on without tracking"
+            "mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID, or start the server; with MLFLOW_TRACKING_URI=none a chain runs without tracking"
         ) from error
 
 
