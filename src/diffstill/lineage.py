@@ -114,12 +114,6 @@ def _name(manifest: Manifest) -> str:
 
 
 def _in_order(manifests: Mapping[str, Manifest]) -> list[str]:
-    """Digests, inputs before what is made from them; by kind and digest where that leaves a choice."""
-    order: list[str] = []
+    """Digests by kind in the order of the stages, which puts inputs before what is made from them; then by name."""
     ranks = list(SECTIONS)
-    waiting = sorted(manifests, key=lambda digest: (ranks.index(manifests[digest].kind), _name(manifests[digest]), digest))
-    while waiting:
-        ready = next(digest for digest in waiting if set(manifests[digest].inputs.values()) <= set(order))
-        order.append(ready)
-        waiting.remove(ready)
-    return order
+    return sorted(manifests, key=lambda digest: (ranks.index(manifests[digest].kind), _name(manifests[digest]), digest))

@@ -44,6 +44,8 @@ FORMS = "<name>, <name>@<alias>, <name>/<number>, models:/<name>..., s3://<bucke
 DESCRIPTION_LIMIT = 5000
 """Characters of a description that every database behind MLflow holds."""
 TRANSFERS = 8
+PATIENCE = 10
+"""Refusals of MLflow to move an alias after which it is not the fault of others who publish."""
 MARK = "diffstill.version"
 """The tag that every version has: the release of diffstill that published it."""
 CONTENT = "diffstill.content"
@@ -213,7 +215,7 @@ class Registry:
 
     def _page(self, name: str, number: int) -> str:
         """Where people see the version."""
-        return f"{self.address.rstrip('/')}/#/models/{quote(name)}/versions/{number}" if self.address.startswith("http") else self.address
+        return f"{self.address.rstrip('/')}/#/models/{quote(name)}/versions/{number}?workflowType=machine_learning" if self.address.startswith("http") else self.address
 
     def _open_model(self, release: Release) -> None:
         from mlflow.exceptions import MlflowException
@@ -275,7 +277,10 @@ class Registry:
                 progress.update(sent)
         arrived = dict(self._files(run_id, kind, kind))
         if lost := sorted(name for name, size in files.items() if arrived.get(name) != size):
-            raise DiffstillError(f"{kind}/{lost[0]}: did not arrive whole in the artifacts of run {run_id} at {self.address}; publish again")
+            raise DiffstillError(
+                f"{kind}/{lost[0]}: did not arrive whole in the artifacts of run {run_id} at {self.address}; publish again, or if its name has a character "
+                "that MLflow's server does not keep (#, ? or %, as a rule), set `publish.store` to an S3 prefix or rename the class"
+            )
 
     def _files(self, run_id: str, folder: str, root: str) -> Iterator[tuple[str, int]]:
         for found in self._client.list_artifacts(run_id, folder):
@@ -292,12 +297,12 @@ class Registry:
     def _register(self, release: Release, home: str, places: Mapping[Kind, str]) -> int:
         """A new version, unless another publisher of the same content was first: the earlier one stays."""
         tags = {
-            MARK: __version__,
-            CONTENT: release.content,
-            "card_sha256": release.artifacts["card"].digest,
-            **{f"files/{kind}": place for kind, place in places.items()},
-            **_origins(),
             **release.tags,
+            "card_sha256": release.artifacts["card"].digest,
+            **_origins(),
+            **{f"files/{kind}": place for kind, place in places.items()},
+            CONTENT: release.content,
+            MARK: __version__,
         }
         made = self._client.create_model_version(
             release.name, places["distilled"], run_id=home, tags=tags, description=_description(release, home), await_creation_for=None
@@ -312,16 +317,26 @@ class Registry:
 
     def _settle(self, name: str) -> None:
         """Move the aliases of ours to where the versions say, until nobody has moved them meanwhile."""
-        while True:
-            wanted, there = elect(self.search(name)), self._aliases(name)
-            ours = {alias: number for alias, number in there.items() if re.fullmatch(rf"{NEWEST}|{BEST}[0-9]+", alias)}
-            if wanted == ours:
-                return
-            for alias, number in wanted.items():
-                if ours.get(alias) != number:
-                    self._client.set_registered_model_alias(name, alias, str(number))
-            for alias in ours.keys() - wanted.keys():
-                self._client.delete_registered_model_alias(name, alias)
+        from mlflow.exceptions import MlflowException
+
+        failures = 0
+        while (wanted := elect(self.search(name))) != (ours := self._ours(name)):
+            try:
+                self._move(name, wanted, ours)
+            except MlflowException:  # somebody else set the same alias in that moment
+                failures += 1
+                if failures == PATIENCE:
+                    raise
+
+    def _ours(self, name: str) -> dict[str, int]:
+        return {alias: number for alias, number in self._aliases(name).items() if re.fullmatch(rf"{NEWEST}|{BEST}[0-9]+", alias)}
+
+    def _move(self, name: str, wanted: Mapping[str, int], ours: Mapping[str, int]) -> None:
+        for alias, number in wanted.items():
+            if ours.get(alias) != number:
+                self._client.set_registered_model_alias(name, alias, str(number))
+        for alias in ours.keys() - wanted.keys():
+            self._client.delete_registered_model_alias(name, alias)
 
     def deprecate(self, version: Version, reason: str) -> None:
         """Mark a version as one not to use: it stays, loading it warns, and no alias of ours leads to it."""

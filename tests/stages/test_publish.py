@@ -344,8 +344,18 @@ def test_the_card_is_right_markdown_whatever_classes_are_called(tmp_path, shelf)
     images = [token for token in tokens if token.type == "image"]
     assert ["".join(child.content for child in image.children) for image in images] == list(HOSTILE)
     for name, image in zip(HOSTILE, images, strict=True):
-        assert unquote(image.attrs["src"]) == f"sheets/{name}.png"
-        assert (tmp_path / "card" / unquote(image.attrs["src"])).is_file()
+        shown = tmp_path / "card" / unquote(image.attrs["src"])
+        with Image.open(shown) as sheet:
+            expected = read_png(tmp_path / "distilled" / "seed-0" / name / "00000.png")[0]
+            np.testing.assert_array_equal(np.asarray(sheet)[2:50:6, 2:50:6], expected)
+    assert len({image.attrs["src"] for image in images}) == len(HOSTILE)
+
+
+def test_sheets_are_called_like_their_classes_where_files_and_urls_allow_it(tmp_path, shelf):
+    names = ("cat", "Border collie", "ünï.1", "a#b", "_1", "long " * 49, ".hidden", "n01440764")
+    published(judged(tmp_path, classes=names), shelf)
+    files = {path.name for path in (tmp_path / "card" / "sheets").iterdir()}
+    assert files == {"cat.png", "Border collie.png", "ünï.1.png", "_3.png", "_4.png", "_5.png", "_6.png", "n01440764.png"}
 
 
 def test_odd_locations_break_no_table(tmp_path, shelf):
@@ -380,9 +390,8 @@ def test_sheets_hold_the_pixels_of_the_set(tmp_path, shelf, channels, per_class)
     """Of the first generation seed, ten in a row, each pixel a square of six, a white border of two around each image."""
     made = judged(tmp_path, channels=channels, per_class=per_class, seeds=(3, 1))
     published(made, shelf, force=True)
-    assert {path.name for path in (tmp_path / "card" / "sheets").iterdir()} == {f"{name}.png" for name in made.images.facts["classes"]}
-    for name in made.images.facts["classes"]:
-        with Image.open(tmp_path / "card" / "sheets" / f"{name}.png") as image:
+    for label, name in enumerate(made.images.facts["classes"]):
+        with Image.open(tmp_path / "card" / "sheets" / f"_{label}.png") as image:
             assert image.mode == {1: "L", 3: "RGB"}[channels]
             sheet = np.atleast_3d(np.asarray(image))
         rows, columns = -(-per_class // 10), min(per_class, 10)
