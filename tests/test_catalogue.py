@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import diffstill
 from chains import contents
 from diffstill.artifacts import open_artifact
 from diffstill.catalogue import FORMATS
@@ -150,6 +151,21 @@ def test_export_writes_each_format(here, form):
     assert [path for path in Path("out").rglob("*") if path.suffix == suffix]
     if form == "huggingface":
         assert "license: cc-by-4.0" in (Path("out") / "README.md").read_text()
+
+
+def test_export_takes_the_seed_and_the_first_images_that_are_asked_for(here):
+    told("export", "distilled-pets/1", "out", "--ipc", 1, "--seed", 2)
+    written = {path.parent.name: path.read_bytes() for path in Path("out").glob("*/*.png")}
+    root = here[0].paths["distilled"] / "seed-2"
+    assert written == {folder.name: (folder / "00000.png").read_bytes() for folder in root.iterdir() if folder.is_dir()}
+
+
+def test_load_passes_on_what_it_is_asked_for(here):
+    found = diffstill.load("distilled-pets/1", ipc=1, seed=2, transform=lambda image: image.size, target_transform=lambda label: -label)
+    assert (found.seed, found.images_per_class, [found[number] for number in range(len(found))]) == (2, 1, [((8, 8), 0), ((8, 8), -1)])
+    assert found.card.startswith("# distilled-pets")
+    whole = diffstill.load(str(here[0].root))
+    assert (whole.seed, whole.images_per_class, whole.card) == (0, 2, None)
 
 
 # --- comparing, deprecating -----------------------------------------------------------------------------------------

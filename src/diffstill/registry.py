@@ -414,9 +414,9 @@ def cached(digest: str, kind: Kind, where: str, fill: Callable[[Path], None]) ->
 
 
 def _verify(folder: Path, digest: str, kind: Kind, shown: str, fix: str) -> None:
-    """Raise `DiffstillError` unless all of the artifact of that digest is there, and nothing else."""
+    """Raise `DiffstillError` unless all of the artifact of that digest, or of a shard of it, is there, and nothing else."""
     try:
-        found = open_artifact(folder, kind).digest
+        found = open_artifact(folder, kind, shard="shard" in read_manifest(folder, kind).facts).digest
     except DiffstillError as error:
         raise DiffstillError(f"{str(error).partition(';')[0].replace(str(folder), shown)}; {fix}") from error
     if found != digest:

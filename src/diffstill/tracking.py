@@ -184,12 +184,19 @@ def answering() -> Iterator[None]:
 
 
 def _experiment(client: MlflowClient) -> str:
+    from mlflow.exceptions import MlflowException
+
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "diffstill")
     found = client.get_experiment_by_name(name)
     if found:
         return str(found.experiment_id)
     location = (Path.cwd() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite:") else None
-    return str(client.create_experiment(name, artifact_location=location, tags={DESCRIPTION: ABOUT}))
+    try:
+        return str(client.create_experiment(name, artifact_location=location, tags={DESCRIPTION: ABOUT}))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_ALREADY_EXISTS" and (found := client.get_experiment_by_name(name)):  # another step was first
+            return str(found.experiment_id)
+        raise
 
 
 def chain_name(params: Params | None, step: str = "") -> str:
