@@ -13,6 +13,7 @@ from diffstill.artifacts import open_artifact
 from diffstill.catalogue import FORMATS
 from diffstill.cli import main
 from diffstill.config import PublishConfig
+from diffstill.errors import DiffstillError
 from diffstill.export import Format
 from diffstill.registry import Registry
 from diffstill.run import run_stage
@@ -64,10 +65,12 @@ def told(*arguments, code: int = 0) -> str:
 # --- looking ------------------------------------------------------------------------------------------------------
 
 
-def test_list_shows_the_newest_of_each_with_all_of_its_name(here):
-    lines = told("list").splitlines()
-    assert [line.split()[0] for line in lines] == ["version", "distilled-pets/2", "distilled-quotes/1"]
-    assert "newest" in lines[1]
+def test_list_shows_the_last_of_each_and_what_an_alias_leads_to(here):
+    """The second of the pets was judged on other images, so the first is still the best; both are shown."""
+    rows = {line.split()[0]: line for line in told("list").splitlines()}
+    assert list(rows) == ["version", "distilled-pets/1", "distilled-pets/2", "distilled-quotes/1"]
+    assert ["newest" in row for row in rows.values()] == [False, False, True, True]
+    assert ["best-ipc2" in row for row in rows.values()] == [False, True, False, True]
 
 
 def test_json_has_every_version_with_all_tags(here):
@@ -84,11 +87,18 @@ def test_json_has_every_version_with_all_tags(here):
         (["ipc=2", "resolution=1?x*"], ["distilled-pets/2", "distilled-quotes/1"]),
         (["quotes"], ["distilled-quotes/1"]),
         (["licence=CC-*", "name=nothing"], []),
-        (["no_such_tag=x"], []),
+        (["no_such_tag=*"], []),
+        (["alias=newest"], ["distilled-pets/2", "distilled-quotes/1"]),
+        (["version=1", "QUOTES"], ["distilled-quotes/1"]),
     ],
 )
 def test_search_takes_tags_with_wildcards_and_words(here, terms, found):
     assert [one["ref"] for one in json.loads(told("search", *terms, "--json"))] == found
+
+
+@pytest.mark.parametrize("term", ["", "=", " "])
+def test_a_search_for_nothing_is_refused(here, term):
+    assert "asks for nothing" in told("search", term, code=2)
 
 
 def test_a_search_without_a_hit_says_so(here):
@@ -136,6 +146,18 @@ def test_download_overwrites_nothing(here):
     assert contents(Path("mine")) == before
 
 
+def test_the_card_of_a_folder_lies_beside_it(here):
+    assert told("card", here[0].root) == told("card", "distilled-pets/1")
+    told("download", here[0].root, "--all", "--output", "copy")
+    assert {path.name for path in Path("copy").iterdir()} == {"distilled", "report", "card"}
+
+
+def test_what_lacks_a_part_is_not_downloaded_in_part(here):
+    shutil.copytree(here[0].paths["distilled"], "alone/distilled")
+    assert "comes without a `report`" in told("download", "alone", "--all", "--output", "copy", code=2)
+    assert not Path("copy").exists()
+
+
 def test_a_folder_has_no_name_to_be_downloaded_under(here):
     assert "--output" in told("download", here[0].paths["distilled"], code=2)
 
@@ -164,6 +186,8 @@ def test_load_passes_on_what_it_is_asked_for(here):
     found = diffstill.load("distilled-pets/1", ipc=1, seed=2, transform=lambda image: image.size, target_transform=lambda label: -label)
     assert (found.seed, found.images_per_class, [found[number] for number in range(len(found))]) == (2, 1, [((8, 8), 0), ((8, 8), -1)])
     assert found.card.startswith("# distilled-pets")
+    with pytest.raises(DiffstillError, match="whole numbers"):
+        diffstill.load("distilled-pets/1", ipc="1")
     whole = diffstill.load(str(here[0].root))
     assert (whole.seed, whole.images_per_class, whole.card) == (0, 2, None)
 
@@ -189,8 +213,16 @@ def test_deprecated_versions_are_shown_as_such_until_it_is_taken_back(here):
     assert all("deprecated" not in one.tags for one in Registry.here().search())
 
 
-def test_deprecating_needs_a_reason(here):
-    assert "--reason" in told("deprecate", "distilled-pets/2", code=2)
+@pytest.mark.parametrize("options", [[], ["--reason", " \n"], ["--reason", "x" * 501], ["--undo", "--reason", "x"]])
+def test_deprecating_needs_a_reason_of_one_short_line(here, options):
+    assert "--reason" in told("deprecate", "distilled-pets/2", *options, code=2)
+
+
+def test_where_all_are_deprecated_the_message_says_so(here):
+    told("deprecate", "distilled-quotes", "--reason", "line\nbreak")
+    assert Registry.here().search("distilled-quotes")[0].tags["deprecated"] == "line break"
+    assert "it has the versions 1 (deprecated)" in told("card", "distilled-quotes", code=2)
+    told("deprecate", "distilled-quotes/1", "--undo")
 
 
 # --- refusing -----------------------------------------------------------------------------------------------------
@@ -203,7 +235,12 @@ def test_deprecating_needs_a_reason(here):
 )
 @pytest.mark.parametrize(
     ("ref", "message"),
-    [("distilled-pet", "no distilled set of that name"), ("distilled-pets@best-ipc9", "has no alias 'best-ipc9'"), ("distilled-pets/9", "version 9")],
+    [
+        ("", "is no reference"),
+        ("distilled-pet", "no distilled set of that name"),
+        ("distilled-pets@best-ipc9", "has no alias 'best-ipc9'"),
+        ("distilled-pets/9", "version 9"),
+    ],
 )
 def test_a_reference_to_nothing_is_one_message(here, command, ref, message):
     before = set(Path().iterdir())

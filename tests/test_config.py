@@ -120,11 +120,11 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("publish: {store: 's3://key:pw@bucket/sets'}", "publish.store: holds credentials or a query"),
         ("publish: {encryption: AES256}", "publish: `publish.encryption` is for `publish.store`; set that, or set encryption to null"),
         (
-            "publish: {store: s3://b/a, encryption: AES256, kms_key: k}",
+            "publish: {store: s3://bucket/a, encryption: AES256, kms_key: k}",
             "publish: `publish.kms_key` needs `publish.encryption: aws:kms`; set that, or set the key to null",
         ),
-        ("publish: {store: s3://b/a, kms_key: k}", "publish: `publish.kms_key` needs `publish.encryption: aws:kms`"),
-        ("publish: {store: s3://b/a, encryption: DES}", "`publish.encryption` is 'DES': Input should be 'AES256' or 'aws:kms'"),
+        ("publish: {store: s3://bucket/a, kms_key: k}", "publish: `publish.kms_key` needs `publish.encryption: aws:kms`"),
+        ("publish: {store: s3://bucket/a, encryption: DES}", "`publish.encryption` is 'DES': Input should be 'AES256' or 'aws:kms'"),
         ("finetune: {max_timestep: x}", "`finetune.max_timestep` is 'x': Input should be a valid integer"),
         ("sample:", "`sample` is None: Input should be an object"),
         ("prepare: {side: 4}", "`prepare.side` is 4: Input should be greater than or equal to 8"),
@@ -175,10 +175,10 @@ def test_what_is_wrong_is_said_in_one_line(text, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "{store: s3://b/a}", "{store: s3://b/a, encryption: AES256}", "{store: s3://b/a, encryption: aws:kms, kms_key: k}"]
+    "text", ["{}", "{store: s3://bucket/a}", "{store: s3://bucket/a, encryption: AES256}", "{store: s3://bucket/a, encryption: aws:kms, kms_key: k}"]
 )
 def test_a_store_with_or_without_encryption_is_taken(text, tmp_path):
-    assert load(tmp_path, f"publish: {text}").publish.store == (None if text == "{}" else "s3://b/a")
+    assert load(tmp_path, f"publish: {text}").publish.store == (None if text == "{}" else "s3://bucket/a")
 
 
 def test_only_the_preset_that_means_nothing_is_published_unproven():
@@ -299,3 +299,22 @@ def test_a_gate_that_is_off_is_off_for_tools_of_yaml_1_1_too():
     assert read_json('{"gate": false}', PublishConfig).gate == read_json('{"gate": "off"}', PublishConfig).gate == "off"
     with pytest.raises(DiffstillError, match="`gate` is True"):
         read_json('{"gate": true}', PublishConfig)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"store": "s3://"},
+        {"store": "s3://A_B/x"},
+        {"store": "/data"},
+        {"encryption": "AES256"},
+        {"store": "s3://bucket/x", "kms_key": "k"},
+        {"name": "a "},
+        {"name": ""},
+        {"name": "a/b"},
+    ],
+    ids=str,
+)
+def test_what_no_version_can_be_is_refused(wrong):
+    with pytest.raises(DiffstillError):
+        read_json(json.dumps(wrong), PublishConfig)

@@ -289,6 +289,15 @@ def test_published_again_it_is_the_same_version(shop):
     assert [len(shop.client.list_artifacts(run.info.run_id)) > 0 for run in shop.runs()] == [True, False, False]
 
 
+def test_published_again_with_another_card_it_says_that_the_first_one_stays(shop, caplog):
+    made = shop.made()
+    assert shop.publish(made) == shop.publish(made, card="same") == 1
+    assert not caplog.messages
+    assert shop.publish(made, card="other", note="read me") == 1
+    assert [record.levelname for record in caplog.records if "stay as they were published" in record.message] == ["WARNING"]
+    assert "read me" not in shop.version(1).card
+
+
 def test_another_set_and_another_report_are_other_versions_with_tags_to_find_them(shop):
     assert shop.publish(shop.made()) == 1
     assert shop.publish(shop.made("other", draw=1, policy="fifo")) == 2

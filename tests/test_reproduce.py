@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
 
 from chains import contents, enter
 from diffstill.artifacts import MANIFEST, Manifest, ancestors, file_digest, open_artifact
+from diffstill.cli import main
 from diffstill.config import load_params
 from diffstill.environment import environment
 from diffstill.errors import DiffstillError
@@ -209,6 +211,8 @@ def test_altered_weights_are_named_and_measured(made, tiny_chain, tmp_path):
     lines = text(result).splitlines()
     assert lines[0] == f"{found.ref} is not reproduced: `generator` is the first artifact that comes out different"
     assert [line.split()[2:] for line in lines[1:6]] == [["the", "same"], [result.difference.digest[:12], "here"], *[["not", "made"]] * 3]
+    ended = CliRunner().invoke(main, ["reproduce", str(found.folder()), "--folder", str(result.folder), "--device", "cpu"])
+    assert (ended.exit_code, "`generator` is the first artifact" in ended.stdout) == (1, True)
 
 
 def test_an_altered_knob_is_named_with_what_it_did_to_the_images(made, tiny_chain, tmp_path):

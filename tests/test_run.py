@@ -278,6 +278,7 @@ def test_inputs_parts_and_outputs_of_a_stage_may_lie_in_a_store(bucket, tiny_cha
         run_stage("encode", tiny_chain.params.encode, given | {"latents": part}, shard=f"{index}/2")
     run_stage("encode", tiny_chain.params.encode, given | {"parts": parts, "latents": f"{bucket}/latents"})
     run_stage("encode", tiny_chain.params.encode, given | {"parts": parts, "latents": f"{bucket}/latents"})  # the same again is the same
+    assert not [path for path in (tmp_path / "work" / "outgoing").rglob("*") if path.is_file() and path.suffix != ".lock"]
     storage.download(f"{bucket}/latents", tmp_path / "latents")
     assert contents(tmp_path / "latents") == contents(tiny_chain.artifacts / "latents")
 
@@ -296,3 +297,13 @@ def test_an_input_that_is_not_in_the_store_is_one_message(bucket, tiny_chain: Ch
     with pytest.raises(DiffstillError, match="s3://store/nothing"):
         run_stage("encode", tiny_chain.params.encode, paths)
     assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://no-such-bucket/images", "s3://Wrong_name/images", "models:/distilled-digits", "dvc+https://git.example/x?rev=a&path=b"]
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(bucket, tiny_chain: Chain, place, caplog):
+    caplog.set_level(logging.INFO, logger="diffstill")
+    with pytest.raises(DiffstillError):
+        run_stage("prepare", tiny_chain.params.prepare, {"images": place})
+    assert "prepare ..." not in caplog.messages

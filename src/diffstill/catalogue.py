@@ -23,6 +23,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 REF = click.argument("ref")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 FORMATS = ("imagefolder", "parquet", "webdataset", "huggingface")
+LONGEST_REASON = 500
 HEADS = ("version", "aliases", "IPC", "classes", "size", "val", "gain on val", "published")
 
 
@@ -39,12 +40,16 @@ def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 @click.command("list")
 @AS_JSON
 def list_sets(as_json: bool) -> None:
-    """List the published sets: the newest version of each, and the aliases."""
+    """List the published sets: of each its last version, and those that an alias leads to."""
     from diffstill.registry import Registry
 
-    versions = Registry.here().search()
+    registry = Registry.here()
+    versions = registry.search()
     last = {version.name: version for version in versions}
-    _print_versions(list(last.values()), as_json, "nothing is published yet; `diffstill publish` does")
+    shown = [version for version in versions if version.aliases or last[version.name] is version]
+    _print_versions(
+        shown, as_json, f"nothing is published at {registry.address} yet; `diffstill publish` does, MLFLOW_TRACKING_URI names another server"
+    )
 
 
 @click.command()
@@ -53,10 +58,12 @@ def list_sets(as_json: bool) -> None:
 def search(terms: Sequence[str], as_json: bool) -> None:
     """List all versions that fit: tags by value (`ipc=10`, `protocol=short-*`), or a word in a name or tag.
 
-    `diffstill search dataset=digits 'memory_policy=r*'`; `--json` shows all tags there are.
+    `diffstill search dataset=digits 'memory_policy=r*'`; name, version and alias are taken like tags, `--json` shows all tags there are.
     """
     from diffstill.registry import Registry
 
+    if wrong := [term for term in terms if not term.strip("= ")]:
+        raise DiffstillError(f"{wrong[0]!r} asks for nothing; write TAG=VALUE, with * for any text, or a word")
     found = [version for version in Registry.here().search() if all(_fits(version, term) for term in terms)]
     _print_versions(found, as_json, "no version fits; `diffstill list` shows what there is")
 
@@ -64,8 +71,10 @@ def search(terms: Sequence[str], as_json: bool) -> None:
 def _fits(version: Any, term: str) -> bool:
     tag, equals, pattern = term.partition("=")
     if equals:
-        return fnmatch(version.name if tag == "name" else version.tags.get(tag, ""), pattern)
-    return any(term in text for text in (version.name, *version.tags.values()))
+        known = {**version.tags, "name": version.name, "version": str(version.number)}
+        values = version.aliases if tag == "alias" else [known[tag]] if tag in known else []
+        return any(fnmatch(value, pattern) for value in values)
+    return any(term.casefold() in text.casefold() for text in (version.name, *version.tags.values()))
 
 
 def _print_versions(versions: Sequence[Any], as_json: bool, nothing: str) -> None:
@@ -116,8 +125,9 @@ def download(ref: str, output: Path | None, everything: bool) -> None:
     if output is None and found.version is None:
         raise DiffstillError(f"{ref}: is no version with a name of its own; say where to with --output")
     target = output or Path(f"{found.version.name}-v{found.version.number}" if found.version else "")
-    for kind in KINDS if everything else KINDS[:1]:
-        place_copy(found.folder(kind, Listener()), target / kind, kind)
+    folders = {kind: found.folder(kind, Listener()) for kind in (KINDS if everything else KINDS[:1])}
+    for kind, folder in folders.items():
+        place_copy(folder, target / kind, kind)
     click.echo(f"{target / 'distilled'}")
 
 
@@ -234,14 +244,17 @@ def deprecate(ref: str, reason: str | None, undo: bool) -> None:
     """Mark a version as one not to use: it stays, loading it warns, `newest` and `best-ipc<N>` go to others."""
     from diffstill.registry import Reference, Registry
 
+    told = " ".join((reason or "").split())
+    if bool(told) == undo or len(told) > LONGEST_REASON:
+        raise DiffstillError(
+            f"`deprecate` needs --reason, which those who load the set will see, of at most {LONGEST_REASON} characters; or --undo alone"
+        )
     registry = Registry.here()
     version = registry.resolve(Reference.parse(ref))
     if undo:
         registry.restore(version)
-    elif reason:
-        registry.deprecate(version, reason)
     else:
-        raise DiffstillError("`deprecate` needs --reason, which those who load the set will see; or --undo")
+        registry.deprecate(version, told)
     click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {_aliases(registry, version.name)}")
 
 

@@ -238,7 +238,7 @@ class ReportConfig(Section):
 class PublishConfig(Section):
     """A version in MLflow's registry."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$", max_length=200)] | None = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._ -]*[A-Za-z0-9_-])?$", max_length=200)] | None = Field(
         None, description="registered model; null = distilled-<prepare.source>"
     )
     gate: Annotated[Literal["val-gain", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = Field(
@@ -254,7 +254,7 @@ class PublishConfig(Section):
 
     @model_validator(mode="after")
     def _store_takes_encryption(self) -> Self:
-        if self.store is not None and not self.store.startswith("s3://"):
+        if self.store is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", self.store):
             raise ValueError(f"`publish.store` is {self.store!r}; give s3://<bucket>/<prefix>, or null for MLflow's own artifact store")
         if self.encryption and not self.store:
             raise ValueError("`publish.encryption` is for `publish.store`; set that, or set encryption to null")

@@ -106,6 +106,8 @@ def open_set(
     artifact = open_artifact(folder, "distilled")
     seeds, most = artifact.facts["seeds"], artifact.facts["images_per_class"]
     seed, ipc = seeds[0] if seed is None else seed, most if ipc is None else ipc
+    if type(seed) is not int or type(ipc) is not int:
+        raise DiffstillError(f"`ipc` {ipc!r} and `seed` {seed!r}: whole numbers are expected")
     if seed not in seeds:
         raise DiffstillError(f"{folder}: has no generation seed {seed}; its seeds are {', '.join(map(str, seeds))}")
     if not 1 <= ipc <= most:

@@ -95,7 +95,7 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Raises `DiffstillError` on anything but `<name>`, `<name>@<alias>` and `<name>/<number>`, with or without `models:/`."""
-        found = re.fullmatch(r"(?:models:/)?([A-Za-z0-9][A-Za-z0-9._ -]*)(?:@([\w.-]+)|/([0-9]+))?", text)
+        found = re.fullmatch(r"(?:models:/)?([A-Za-z0-9](?:[A-Za-z0-9._ -]*[A-Za-z0-9_-])?)(?:@([\w.-]+)|/([0-9]+))?", text)
         if not found:
             raise DiffstillError(f"{without_secrets(text)!r} is no reference to a distilled set and no folder; write {FORMS}")
         name, alias, number = found.groups()
@@ -162,7 +162,8 @@ class Registry:
         found = aliases.get(reference.alias or "") if reference.number is None else versions.get(reference.number)
         if found is None:
             wanted = f"alias {reference.alias!r}" if reference.number is None else f"version {reference.number}"
-            raise DiffstillError(f"{reference.name}: has no {wanted}; it has the versions {_some(versions)} and the aliases {_some(sorted(aliases))}")
+            shown = (f"{number} (deprecated)" if DEPRECATED in one.tags else number for number, one in versions.items())
+            raise DiffstillError(f"{reference.name}: has no {wanted}; it has the versions {_some(shown)} and the aliases {_some(sorted(aliases))}")
         return found
 
     @property
@@ -210,12 +211,27 @@ class Registry:
             earlier = self._with_content(release.name, release.content)
             number = earlier or self._register(release, home := self._home(release), self._upload(release, home, record))
             self._settle(release.name)
+            if earlier:
+                self._warn_of_other_card(release, earlier)
         log.info("%s %s/%d at %s", "is there already as" if earlier else "registered", release.name, number, self._page(release.name, number))
         return number
 
+    def _warn_of_other_card(self, release: Release, number: int) -> None:
+        there = self._client.get_model_version(release.name, str(number)).tags
+        if there.get("card_sha256") != release.artifacts["card"].digest:
+            log.warning(
+                "section `publish` was changed, but %s/%d with this set and report is there: its card and files stay as they were published",
+                release.name,
+                number,
+            )
+
     def _page(self, name: str, number: int) -> str:
         """Where people see the version."""
-        return f"{self.address.rstrip('/')}/#/models/{quote(name)}/versions/{number}?workflowType=machine_learning" if self.address.startswith("http") else self.address
+        return (
+            f"{self.address.rstrip('/')}/#/models/{quote(name)}/versions/{number}?workflowType=machine_learning"
+            if self.address.startswith("http")
+            else self.address
+        )
 
     def _open_model(self, release: Release) -> None:
         from mlflow.exceptions import MlflowException
@@ -457,7 +473,7 @@ class Found:
 def find(ref: str, record: Record = ignore) -> Found:
     """The set that a reference means: a folder if there is one of that name, an S3 prefix, else a version. Raises `DiffstillError` where there is none."""
     path = Path(ref)
-    if path.is_dir():
+    if ref and path.is_dir():
         return Found(ref, None, _beside(path))
     if ref.startswith("s3://"):
         return Found(ref, None, {"distilled": bring(ref, "distilled", record)})
@@ -471,12 +487,14 @@ def find(ref: str, record: Record = ignore) -> Found:
 
 
 def _beside(path: Path) -> dict[Kind, Path]:
-    """The set at `path` or in its folder `distilled`, and the report beside it, if it reports on this set."""
+    """The set at `path` or in its folder `distilled`, and the report and the card beside it, if they are of this set."""
     root = path if (path / MANIFEST).is_file() or not (path / "distilled").is_dir() else path / "distilled"
-    made, report = read_manifest(root, "distilled"), root.parent / "report"
-    if (report / MANIFEST).is_file() and read_manifest(report, "report").manifest.inputs.get("distilled") == made.digest:
-        return {"distilled": root, "report": report}
-    return {"distilled": root}
+    made, found = read_manifest(root, "distilled"), {KINDS[0]: root}
+    for kind in KINDS[1:]:
+        beside = root.parent / kind
+        if (beside / MANIFEST).is_file() and read_manifest(beside, kind).manifest.inputs.get("distilled") == made.digest:
+            found[kind] = beside
+    return found
 
 
 def bring(ref: str, kind: Kind, record: Record = ignore) -> Path:

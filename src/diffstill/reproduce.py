@@ -196,7 +196,7 @@ def _claim(folder: Path, found: Found, code: Code) -> Code:
     """Make the scratch folder ours, with the code in it. Raises `DiffstillError` if it holds anything but the same reproduction, begun earlier."""
     wanted = {"distilled": found.digest, "code": code.name}
     mark = folder / MARK
-    if folder.exists() and any(folder.iterdir()) and not (mark.is_file() and json.loads(mark.read_text()) == wanted):
+    if folder.exists() and any(folder.iterdir()) and not _says(mark, wanted):
         raise DiffstillError(
             f"{folder}: holds something else than a reproduction of {found.ref} with {code.name}; remove it or choose another --folder"
         )
@@ -207,6 +207,13 @@ def _claim(folder: Path, found: Found, code: Code) -> Code:
     sha, repository = code.name.removeprefix("commit "), code.folder
     storage.appear(folder / "code", lambda arriving: _check_out(sha, repository, arriving))
     return Code(code.name, code.why, code.exact, folder / "code" / "src")
+
+
+def _says(mark: Path, wanted: Mapping[str, str]) -> bool:
+    try:
+        return bool(json.loads(mark.read_text()) == wanted)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_out(sha: str, repository: Path, folder: Path) -> None:

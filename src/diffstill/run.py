@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,9 +155,8 @@ def run_stage(
     Raises `DiffstillError` for bad input, before the stage starts where that can be known.
     """
     stage, step = STAGES[name], step or name
+    remote, paths = _landing(stage, paths)
     config, paths = _brought(stage, config, _gathered(stage, paths))
-    if isinstance(remote := paths[stage.output], str):
-        paths = {**paths, stage.output: work_root() / "outgoing" / hashlib.sha256(remote.encode()).hexdigest()[:16]}
     _require(stage, paths)
     refuse_foreign(paths[stage.output], stage.output)
     function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
@@ -177,10 +177,22 @@ def run_stage(
                 run.data(read_manifest(paths["images"], "images"))
             if name == "report":
                 run.headline({key: value for key, value in metrics.items() if key.endswith(("/test_mean", "/gain_over_random"))})
-    if isinstance(remote, str):
-        storage.upload(paths[stage.output], remote, Listener())
+        if remote:
+            storage.upload(paths[stage.output], remote, Listener())
+            shutil.rmtree(paths[stage.output])
     _log_costs(step, metrics, costs)
     return metrics
+
+
+def _landing(stage: Stage, paths: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+    """Where an output that belongs into a store is to go, and the paths with a folder here in its place; the bucket is tried before hours of work."""
+    remote = paths[stage.output]
+    if not isinstance(remote, str):
+        return None, paths
+    if not remote.startswith("s3://"):
+        raise DiffstillError(f"{remote!r}: cannot be written to; give a folder or s3://<bucket>/<prefix> for `{stage.output}`")
+    storage.probe(remote)
+    return remote, {**paths, stage.output: work_root() / "outgoing" / hashlib.sha256(remote.encode()).hexdigest()[:16]}
 
 
 def _gathered(stage: Stage, paths: Mapping[str, Any]) -> dict[str, Any]:
