@@ -55,16 +55,19 @@ def project(tmp_path_factory) -> Project:
     return Project(folder, Project(folder, []).repro())
 
 
+@pytest.mark.slow
 def test_the_first_time_everything_runs_in_the_order_of_the_chain(project):
     assert project.first == STEPS
 
 
+@pytest.mark.slow
 def test_dvc_and_run_make_the_same(project):
     told = project.call("diffstill", "run")
     assert re.findall(r"^(\S+) is up to date$", told, re.MULTILINE) == STEPS
     assert "untuned generator" in told
 
 
+@pytest.mark.slow
 def test_the_second_time_nothing_runs(project):
     lock, made = (project.folder / "dvc.lock").read_bytes(), contents(project.folder / "artifacts")
     assert project.repro() == []
@@ -72,6 +75,7 @@ def test_the_second_time_nothing_runs(project):
     assert contents(project.folder / "artifacts") == made
 
 
+@pytest.mark.slow
 def test_another_guidance_runs_what_it_reaches_and_no_more(project):
     params = project.folder / "params.yaml"
     params.write_text(re.sub(r"guidance: [0-9.]+", "guidance: 2.5", params.read_text()))

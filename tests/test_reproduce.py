@@ -30,7 +30,7 @@ from diffstill.registry import Found, find
 from diffstill.reproduce import MARK, Reproduction, _causes, _extent, reproduce, text
 from diffstill.run import run_stage
 
-pytestmark = pytest.mark.xdist_group("chain")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 STEPS = ["images", "generator", "latents", "denoiser", "distilled"]
