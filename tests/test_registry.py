@@ -479,7 +479,7 @@ def test_another_card_does_not_mix_with_that_of_a_killed_publisher(shop):
     shop.publish(made, note="xyz")
     (version,) = shop.versions()
     assert "xyz" in version.card
-    assert "\nabd\n" in (Registry.here().fetch(version, "card") / "card.md").read_text()
+    assert "\nxyz\n" in (Registry.here().fetch(version, "card") / "card.md").read_text()
 
 
 def test_a_failed_run_that_is_finished_by_another_is_finished(shop):
