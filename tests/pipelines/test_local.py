@@ -82,6 +82,7 @@ def two_shards(place):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_shards_give_the_bytes_of_one_process(place, two_shards, chain_artifacts):
     assert contents(place.folder / "local" / "artifacts") == chain_artifacts
     assert "untuned generator" in two_shards, "the table at the end"
@@ -91,6 +92,7 @@ def test_two_shards_give_the_bytes_of_one_process(place, two_shards, chain_artif
     assert "Got executor_input" in (place.folder / "local" / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_browser_gets_a_page_a_table_and_pictures(place, two_shards):
     runs = place.folder / "local" / "runs"
     page, summary = (next(runs.glob(f"*/report/{name}")).read_text() for name in ("page", "summary"))
@@ -99,6 +101,7 @@ def test_the_browser_gets_a_page_a_table_and_pictures(place, two_shards):
     assert any("data:image/png;base64," in path.read_text() for path in runs.glob("*/sample*/sheet"))
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_anew(place, two_shards, chain_artifacts):
     done = place.run("--shards", "2")
     assert done.returncode == 0, done.stdout[-6000:]
@@ -128,6 +131,7 @@ def registry(tracked, monkeypatch, tmp_path):
     shutil.rmtree(tracked.folder / "local" / "artifacts" / "card", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_publishing_twice_makes_one_version_of_what_was_laid_out(place, two_shards, tracked, registry):
     note = r"""It's a "trial" of \ ' and ''."""
     for _ in range(2):
@@ -142,6 +146,7 @@ def test_publishing_twice_makes_one_version_of_what_was_laid_out(place, two_shar
         assert contents(registry.fetch(version, kind)) == contents(place.folder / "local" / "artifacts" / kind)
 
 
+@pytest.mark.slow
 def test_what_the_gate_refuses_is_told_and_registered_nowhere(place, two_shards, tracked, registry):
     before = contents(place.folder / "local" / "artifacts")
     done = publish(tracked, gate="val-gain", name="refused")
@@ -224,6 +229,7 @@ def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
     assert open_artifact(tmp_path / "local" / "artifacts" / "report", "report").facts
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artifacts):
     values = preset("tiny").plain()
     values["prepare"]["classes"] = ["0", "1", "eleven"]
