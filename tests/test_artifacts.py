@@ -1,7 +1,9 @@
 """Artifacts: whole or absent, verified when opened, equal bytes for equal work."""
 
+import errno
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
+from safetensors.numpy import save_file
 
 from chains import contents
 from diffstill.artifacts import (
     ANCESTORS,
     MANIFEST,
+    Rows,
     WorkFolder,
     ancestors,
     new_artifact,
     open_artifact,
+    read_ahead,
     read_shards,
     refuse_foreign,
     to_pixels,
@@ -375,6 +380,77 @@ def test_splits_do_not_mix_and_absent_shards_are_refused(tmp_path):
         read_shards(tmp_path, "val")
 
 
+@given(arrays=st.data())
+def test_rows_are_those_of_the_whole_array(tmp_path_factory, arrays):
+    folder = tmp_path_factory.mktemp("rows")
+    whole = np.arange(arrays.draw(st.integers(1, 40), "rows") * 6, dtype=arrays.draw(st.sampled_from([np.uint8, np.int64, np.float16]))).reshape(
+        -1, 2, 3
+    )
+    write_shards(folder, "train", {"x": whole, "y": whole[:, 0, 0].copy()}, arrays.draw(st.integers(1, 45), "shard size"))
+    rows = Rows(folder, "train", "x")
+    assert (len(rows), rows.shape) == (len(whole), whole.shape)
+    start, stop = arrays.draw(st.integers(0, 45), "start"), arrays.draw(st.integers(0, 45), "stop")
+    chosen = np.array(arrays.draw(st.lists(st.integers(0, len(whole) - 1))), np.int64)
+    for wanted in (slice(start, stop), slice(None), chosen):
+        np.testing.assert_array_equal(rows[wanted], whole[wanted])
+        assert (rows[wanted].dtype, rows[wanted].shape) == (whole.dtype, whole[wanted].shape)
+    np.testing.assert_array_equal(Rows(folder, "train", "y")[:], whole[:, 0, 0])
+
+
+def test_rows_pass_over_empty_shards_and_refuse_what_is_not_there(tmp_path):
+    for number, rows in enumerate((0, 3, 0, 0, 2, 0)):
+        save_file({"x": np.full((rows, 2), number)}, tmp_path / f"train-{number:05d}.safetensors")
+    np.testing.assert_array_equal(Rows(tmp_path, "train", "x")[:][:, 0], [1, 1, 1, 4, 4])
+    np.testing.assert_array_equal(Rows(tmp_path, "train", "x")[np.array([4, 0])][:, 0], [4, 1])
+    with pytest.raises(IndexError):
+        Rows(tmp_path, "train", "x")[np.array([5])]
+    with pytest.raises(DiffstillError, match=r"has no shard val-\*.safetensors"):
+        Rows(tmp_path, "val", "x")
+
+
+def test_few_rows_are_read_without_the_rest(tmp_path):
+    write_shards(tmp_path, "train", {"x": np.zeros((4000, 1000), np.uint8)}, 500)
+    tracemalloc.start()
+    Rows(tmp_path, "train", "x")[np.arange(0, 4000, 200)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300_000  # 20 rows are 20 kB, twice while they are joined; one shard is 500 kB
+
+
+def test_what_is_read_ahead_comes_in_order_one_at_a_time_and_ends_well():
+    made, closed = [], []
+
+    def numbers():
+        try:
+            for number in range(9):
+                made.append(number)
+                yield number
+        finally:
+            closed.append(True)
+
+    seen = []
+    for number in read_ahead(numbers()):
+        seen.append(number)
+        assert len(made) <= number + 2
+    assert (seen, closed) == (list(range(9)), [True])
+    reading = read_ahead(numbers())
+    next(reading)
+    reading.close()
+    assert len(made) <= 9 + 3
+    assert closed == [True, True]
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_place():
+    def numbers():
+        yield 1
+        raise Interrupted
+
+    reading = read_ahead(numbers())
+    assert next(reading) == 1
+    with pytest.raises(Interrupted):
+        next(reading)
+
+
 def test_pixels_and_unit_range_are_inverse_on_all_values():
     pixels = np.arange(256, dtype=np.uint8)
     unit = to_unit(pixels)
@@ -404,6 +480,39 @@ def test_a_checkpoint_is_read_as_it_was_written_and_the_newest_counts():
     assert found.keys() == arrays.keys()
     assert all(np.array_equal(found[name], arrays[name]) and found[name].dtype == arrays[name].dtype for name in arrays)
     assert [path.name for path in work().folder.iterdir()] == ["vae.safetensors"]
+
+
+def test_arrays_are_kept_as_they_read_whatever_their_strides():
+    array = np.arange(24.0).reshape(2, 3, 4)
+    arrays = {"moved": array.transpose(2, 0, 1), "backwards": array[..., ::-1], "number": np.array(7)}
+    work().save("vae", arrays)
+    found = work().load("vae")
+    assert found is not None
+    assert all(np.array_equal(found[name], arrays[name]) and found[name].shape == arrays[name].shape for name in arrays)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_kept_is_placed_whole(links, tmp_path, monkeypatch):
+    def refuse(*_paths):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    work().save("train-00000", {"x": np.arange(9)})
+    assert [work().holds(name) for name in ("train-00000", "train-00001")] == [True, False]
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    work().place("train-00000", tmp_path)
+    kept = work().folder / "train-00000.safetensors"
+    assert ((tmp_path / kept.name).stat().st_ino == kept.stat().st_ino) == links
+    work().clear()
+    np.testing.assert_array_equal(read_shards(tmp_path, "train")["x"], np.arange(9))
+
+
+def test_a_damaged_piece_is_not_taken_for_a_whole_one():
+    work().save("train-00000", {"x": np.zeros(100)})
+    path = work().folder / "train-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DiffstillError, match=r"train-00000.safetensors: damaged checkpoint .*; remove it to make it anew"):
+        work().holds("train-00000")
 
 
 def test_a_damaged_checkpoint_is_refused():

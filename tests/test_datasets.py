@@ -2,11 +2,16 @@
 
 import gzip
 import hashlib
+import os
+import shutil
 import struct
+import tarfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,11 +21,90 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from diffstill import datasets
 from diffstill.config import PrepareConfig
-from diffstill.datasets import FASHION_CLASSES, FASHION_DIGESTS, FASHION_FOLDER, SPLITS, Dataset, decode, divide, fashion_mnist, load, read_idx
+from diffstill.datasets import (
+    FASHION_CLASSES,
+    FASHION_DIGESTS,
+    FASHION_FOLDER,
+    SPLITS,
+    VALIDATION_IMAGE,
+    Dataset,
+    Rejected,
+    decode,
+    divide,
+    fashion_mnist,
+    read_idx,
+    read_pieces,
+    refuse_emptied,
+    refuse_many_bad,
+)
 from diffstill.errors import DiffstillError
+from diffstill.imagenet import SUBSETS
+from diffstill.record import Record, ignore
 
 LIMIT = 10_000
+
+
+@dataclass(frozen=True)
+class Split:
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A dataset read to its end."""
+
+    dataset: Dataset
+    splits: Mapping[str, Split]
+    bad: Mapping[int, str]
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.dataset.classes
+
+    @property
+    def channels(self) -> int:
+        return self.dataset.channels
+
+    @property
+    def division(self) -> str:
+        return self.dataset.division
+
+    @property
+    def ignored(self) -> int:
+        return self.dataset.ignored
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        return tuple(Rejected(self.dataset.names[row], reason) for row, reason in self.bad.items())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        return self.dataset.counts(self.bad)
+
+
+def read(dataset: Dataset, config: PrepareConfig, record: Record = ignore) -> Loaded:
+    """All pieces, in memory, judged as the stage judges them."""
+    parts, bad = {split: [] for split in SPLITS}, {}
+    with record.progress("prepare", len(dataset.labels), "img") as progress:
+        for found in read_pieces(dataset, dataset.pieces(config.shard_size), config.side, progress):
+            parts[found.piece.split].append(found)
+            bad |= found.rejected
+            refuse_many_bad(dataset, bad, config.max_bad_fraction)
+    refuse_emptied(dataset, bad)
+    splits = {
+        split: Split(np.concatenate([part.pixels for part in own]), np.concatenate([part.labels for part in own])) for split, own in parts.items()
+    }
+    return Loaded(dataset, splits, bad)
+
+
+def load(config: PrepareConfig, record: Record = ignore) -> Loaded:
+    return read(datasets.load(config, record), config, record)
+
+
+def fashion(config: PrepareConfig, digests: Mapping[str, str] = FASHION_DIGESTS) -> Loaded:
+    return read(fashion_mnist(config, digests=digests), config)
 
 
 def folder_config(root: Path, **knobs) -> PrepareConfig:
@@ -41,7 +125,12 @@ def tree(root: Path, counts: dict[str, int], split: str = "train", start: int = 
     return root
 
 
-def values(dataset: Dataset, split: str) -> list[int]:
+def brought(root: Path) -> Path:
+    """One image of each of the classes a and b for test and for val, so that no bad file of train can be the only one of its split."""
+    return tree(tree(root, {"a": 1, "b": 1}, "test"), {"a": 1, "b": 1}, "val")
+
+
+def values(dataset: Loaded, split: str) -> list[int]:
     """The grey value of each (plain) image of a split."""
     return [int(value) for value in dataset.splits[split].pixels[:, 0, 0, 0]]
 
@@ -161,7 +250,7 @@ def small_fashion(tmp_path) -> tuple[Path, dict[str, str], dict[str, np.ndarray]
 
 def test_fashion_keeps_its_own_test_split(small_fashion):
     where, digests, arrays = small_fashion
-    dataset = fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
+    dataset = fashion(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
     assert dataset.classes == FASHION_CLASSES
     assert np.array_equal(dataset.splits["test"].pixels[:, 0], arrays["t10k-images"])
     assert np.array_equal(dataset.splits["test"].labels, arrays["t10k-labels"])
@@ -180,7 +269,7 @@ def test_fashion_keeps_its_own_test_split(small_fashion):
 def test_fashion_other_side_and_subset(small_fashion):
     where, digests, _ = small_fashion
     config = PrepareConfig(source="fashion-mnist", location=str(where), side=32, classes=("bag", "coat"), channels=3)
-    dataset = fashion_mnist(config, digests=digests)
+    dataset = fashion(config, digests=digests)
     assert dataset.counts() == {"train": {"bag": 5, "coat": 5}, "val": {"bag": 1, "coat": 1}, "test": {"bag": 2, "coat": 2}}
     assert dataset.splits["test"].pixels.shape == (4, 3, 32, 32)
 
@@ -201,7 +290,7 @@ def test_fashion_refuses_a_damaged_gzip_file(small_fashion, damage):
     data = path.read_bytes()
     path.write_bytes({"cut": data[:-9], "page": b"<html>", "garbled": data[:20] + b"\xff" * 20 + data[40:]}[damage])
     with pytest.raises(DiffstillError, match=r"train-images-idx3-ubyte.gz: not a whole gzip file"):
-        fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
+        fashion(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
 
 
 def test_fashion_missing_files_say_how_to_get_them(small_fashion):
@@ -210,7 +299,7 @@ def test_fashion_missing_files_say_how_to_get_them(small_fashion):
     with pytest.raises(
         DiffstillError, match=r"lacks t10k-labels-idx1-ubyte.gz; install the Debian package dataset-fashion-mnist, or set `prepare.location`"
     ):
-        fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
+        fashion(PrepareConfig(source="fashion-mnist", location=str(where)), digests=digests)
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -254,11 +343,11 @@ def served(small_fashion, tmp_path, monkeypatch) -> Iterator[tuple[str, list[str
 def test_fashion_downloads_once_into_the_cache(small_fashion, served, tmp_path):
     (where, digests, _), (url, seen) = small_fashion, served
     config = PrepareConfig(source="fashion-mnist", location=url, side=28)
-    first = fashion_mnist(config, digests=digests)
+    first = fashion(config, digests=digests)
     assert seen == [f"/data/{name}" for name in [next(iter(digests)), *digests]]  # the first was answered 503 and asked for again
-    second = fashion_mnist(config, digests=digests)
+    second = fashion(config, digests=digests)
     assert len(seen) == 5
-    local = fashion_mnist(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
+    local = fashion(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
     for name in SPLITS:
         assert np.array_equal(first.splits[name].pixels, local.splits[name].pixels)
         assert np.array_equal(second.splits[name].pixels, local.splits[name].pixels)
@@ -269,10 +358,10 @@ def test_fashion_download_failures_leave_no_file_behind(small_fashion, served, t
     (where, digests, _), (url, _) = small_fashion, served
     config = PrepareConfig(source="fashion-mnist", location=url)
     with pytest.raises(DiffstillError, match=r"^http://.*/data/train-images-idx3-ubyte.gz: its decompressed content has SHA-256 \w+, expected c59f"):
-        fashion_mnist(config)
+        fashion(config)
     (where / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(DiffstillError, match=r"train-images-idx3-ubyte.gz: cannot be downloaded \(404.*check `prepare.location`"):
-        fashion_mnist(config, digests=digests)
+        fashion(config, digests=digests)
     assert list((tmp_path / "cache/fashion-mnist").iterdir()) == []
 
 
@@ -352,31 +441,32 @@ def test_folder_is_grey_only_if_every_readable_image_is(tmp_path):
 
 
 def test_unreadable_files_are_listed_up_to_the_tolerated_share(tmp_path):
-    tree(tmp_path, {"a": 8, "b": 8})
+    brought(tree(tmp_path, {"a": 8, "b": 8}))
     (tmp_path / "train/a/text.png").write_text("no image")
     (tmp_path / "train/b/empty.jpg").touch()
     (tmp_path / "train/b/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     huge = tmp_path / "train/b/huge.png"
     huge.write_bytes(png_header(100_000, 100_000))
-    dataset = load(folder_config(tmp_path, max_bad_fraction=0.2))
+    dataset = load(folder_config(tmp_path, max_bad_fraction=0.17))
     assert {bad.file: bad.reason for bad in dataset.rejected} == {
         "train/a/text.png": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)",
         "train/b/empty.jpg": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)",
         "train/b/gone.jpg": "No such file or directory",
         "train/b/huge.png": "has 100000 x 100000 pixels, above `prepare.max_pixels` 50000000",
     }
-    assert sum(len(split.labels) for split in dataset.splits.values()) == 16
+    assert sum(len(split.labels) for split in dataset.splits.values()) == 20
     message = (
-        r"4 of 20 image files cannot be used, above `prepare.max_bad_fraction` 0.19 \(train/a/text.png: not a readable.*; remove these files or raise"
+        r"4 of 24 image files cannot be used, above `prepare.max_bad_fraction` 0.16 \(train/a/text.png: not a readable.*; remove these files or raise"
     )
     with pytest.raises(DiffstillError, match=message):
-        load(folder_config(tmp_path, max_bad_fraction=0.19))
+        load(folder_config(tmp_path, max_bad_fraction=0.16))
 
 
 def test_long_lists_of_bad_files_are_shortened(tmp_path):
+    brought(tree(tmp_path, {"a": 3, "b": 3}))
     for i in range(7):
-        (tree(tmp_path, {"a": 3, "b": 3}) / f"train/a/bad{i}.png").touch()
-    with pytest.raises(DiffstillError, match=r"7 of 13 .*bad4.png: [^;]*; and 2 more\)"):
+        (tmp_path / f"train/a/bad{i}.png").touch()
+    with pytest.raises(DiffstillError, match=r"7 of 17 .*bad4.png: [^;]*; and 2 more\)"):
         load(folder_config(tmp_path))
 
 
@@ -558,7 +648,7 @@ def test_formats_go_by_content_not_by_suffix(tmp_path):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "webp", "tiff"])
 def test_truncated_files_are_bad(tmp_path, suffix):
     path = tmp_path / f"train/a/x.{suffix}"
-    tree(tmp_path, {"a": 3, "b": 3})
+    brought(tree(tmp_path, {"a": 3, "b": 3}))
     Image.fromarray(noise((64, 64, 3))).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (bad,) = load(folder_config(tmp_path, max_bad_fraction=0.5)).rejected
@@ -605,24 +695,315 @@ def test_32_bit_pixels_of_unknown_range_are_bad(tmp_path):
 def test_progress_counts_every_image(tmp_path):
     class Counting:
         def __init__(self):
-            self.opened, self.done = [], 0
+            self.done = {}
 
-        def progress(self, *opened):
-            self.opened.append(opened)
-            return self
+        @contextmanager
+        def progress(self, description, total, unit):
+            self.description = description, total, unit
+            self.done[self.description] = 0
+            yield self
 
         def update(self, n=1):
-            self.done += n
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
+            self.done[self.description] += n
 
     tree(tmp_path, {"a": 3, "b": 4})
     (tmp_path / "train/a/bad.png").touch()
-    for config, total in ((folder_config(tmp_path, max_bad_fraction=0.5), 8), (PrepareConfig(), 1797), (PrepareConfig(side=9), 1797)):
+    for config, total in ((folder_config(tmp_path, max_bad_fraction=0.5, seed=1), 8), (PrepareConfig(), 1797), (PrepareConfig(side=9), 1797)):
         record = Counting()
         load(config, record)
-        assert (record.opened, record.done) == ([("prepare", total, "img")], total)
+        assert record.done["prepare", total, "img"] == total
+        if config.source == "folder":
+            assert record.done == {("list", 2, "folder"): 2, ("read headers", 8, "img"): 8, ("prepare", 8, "img"): 8}
+
+
+# --- ImageNet's subsets ------------------------------------------------------------------------------------------
+
+WOOF = SUBSETS["imagewoof"]
+FISH = "n01440764"
+"""A class of imagenette."""
+
+
+def photo(path: Path) -> None:
+    """A small JPEG of its own colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(list(os.fsencode(path.name))).integers(0, 256, (9, 11, 3), np.uint8)).save(path, format="JPEG")
+
+
+def photos(root: Path, sub: str, wnids: Sequence[str], training: int, validation: int) -> None:
+    """That many of ImageNet's training and of its validation images in each class."""
+    for place, wnid in enumerate(wnids):
+        for i in range(training):
+            photo(root / sub / wnid / f"{wnid}_{sub}{i}.JPEG")
+        for i in range(validation):
+            photo(root / sub / wnid / f"{VALIDATION_IMAGE}{place * 10 + i:08d}.JPEG")
+
+
+@pytest.fixture
+def imagenet_tree(tmp_path) -> Path:
+    """A part of ImageNet: imagewoof's classes and another."""
+    photos(tmp_path / "imagenet", "train", (*WOOF, FISH), 4, 0)
+    photos(tmp_path / "imagenet", "val", (*WOOF, FISH), 0, 2)
+    return tmp_path / "imagenet"
+
+
+@pytest.fixture
+def fastai_tree(tmp_path) -> Path:
+    """A re-split as fastai's: three in four of its validation images are training images of ImageNet."""
+    photos(tmp_path / "imagewoof2", "train", WOOF, 4, 1)
+    photos(tmp_path / "imagewoof2", "val", WOOF, 3, 1)
+    (tmp_path / "imagewoof2/noisy_imagewoof.csv").write_text("path,noisy_labels_0\n")
+    return tmp_path / "imagewoof2"
+
+
+def woof(location: object, **knobs) -> PrepareConfig:
+    return PrepareConfig(**({"source": "imagewoof", "location": str(location), "side": 8, "channels": 3} | knobs))
+
+
+def test_imagenet_tree_gives_the_split_of_the_literature(imagenet_tree, caplog):
+    dataset = load(woof(imagenet_tree))
+    assert dataset.classes == WOOF
+    assert dataset.counts() == {"train": dict.fromkeys(WOOF, 3), "val": dict.fromkeys(WOOF, 1), "test": dict.fromkeys(WOOF, 2)}
+    assert dataset.division.startswith("test is the folder val/, ImageNet's own validation images, as in the literature; val is a share of 0.1")
+    assert (dataset.dataset.leakage, caplog.records) == (None, [])
+    names = np.array(dataset.dataset.names)
+    assert all(VALIDATION_IMAGE in name for name in names[dataset.dataset.assigned == "test"])
+    assert not any(FISH in name for name in names)
+    label = WOOF.index("n02086240")
+    files = sorted((imagenet_tree / "val/n02086240").iterdir())
+    expected = [np.asarray(decode(file, 8, LIMIT)).transpose(2, 0, 1) for file in files]
+    assert np.array_equal(dataset.splits["test"].pixels[dataset.splits["test"].labels == label], expected)
+
+
+def test_a_re_split_says_so_and_warns_of_leakage(fastai_tree, caplog):
+    dataset = load(woof(fastai_tree))
+    assert dataset.counts()["test"] == dict.fromkeys(WOOF, 4)
+    assert "test is the folder val/ of a re-split, as in fastai's archives: not the literature's" in dataset.division
+    leakage = dataset.dataset.leakage
+    assert leakage is not None
+    assert leakage.startswith("30 of 40 test images (75%) are training images of ImageNet, which a generator pre-trained on ImageNet has seen")
+    assert [record.getMessage() for record in caplog.records] == [f"{fastai_tree}: {leakage}"]
+
+
+def test_a_re_split_whose_test_images_are_all_validation_images_does_not_leak(imagenet_tree, caplog):
+    photos(imagenet_tree, "train", WOOF, 0, 3)
+    dataset = load(woof(imagenet_tree))
+    assert "of a re-split" in dataset.division
+    assert (dataset.dataset.leakage, caplog.records) == (None, [])
+
+
+def test_some_classes_of_a_subset_in_their_order(imagenet_tree):
+    assert load(woof(imagenet_tree, classes=(WOOF[7], WOOF[2]))).classes == (WOOF[7], WOOF[2])
+    with pytest.raises(DiffstillError, match=rf"`prepare.classes` names '{FISH}', unknown to source imagewoof; known are"):
+        load(woof(imagenet_tree, classes=(WOOF[0], FISH)))
+
+
+def packed(tree: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tree, tree.name)
+    return archive
+
+
+def no_litter(cache: Path) -> bool:
+    return [path for path in (cache / "archives").iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_an_archive_is_what_was_packed(fastai_tree, cache, tmp_path):
+    archive = packed(fastai_tree, tmp_path / "imagewoof2.tgz")
+    plainly, first = load(woof(fastai_tree)), load(woof(archive))
+    (unpacked,) = (path for path in (cache / "archives").iterdir() if path.is_dir())
+    touched = unpacked.stat().st_mtime_ns
+    second = load(woof(archive))
+    assert unpacked.stat().st_mtime_ns == touched
+    for name in SPLITS:
+        assert np.array_equal(first.splits[name].pixels, plainly.splits[name].pixels)
+        assert np.array_equal(second.splits[name].pixels, plainly.splits[name].pixels)
+    assert first.dataset.leakage == plainly.dataset.leakage
+    assert first.dataset.fingerprint == second.dataset.fingerprint
+
+
+def test_an_archive_of_another_content_is_unpacked_anew(fastai_tree, cache, tmp_path):
+    load(woof(packed(fastai_tree, tmp_path / "x.tgz")))
+    photos(fastai_tree, "train", WOOF, 6, 1)
+    assert load(woof(packed(fastai_tree, tmp_path / "x.tgz"))).counts()["train"] == dict.fromkeys(WOOF, 6)
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[str]]]:
+    """A URL prefix, the folder that it serves, and the paths asked for; the first request is answered 503."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    seen: list[str] = []
+    (tmp_path / "web").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, where=tmp_path / "web", seen=seen))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/data", tmp_path / "web", seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_archive_is_downloaded_once(fastai_tree, cache, web):
+    url, where, seen = web
+    packed(fastai_tree, where / "imagewoof2.tgz")
+    for _ in range(2):
+        assert load(woof(f"{url}/imagewoof2.tgz")).counts()["test"] == dict.fromkeys(WOOF, 4)
+    assert seen == ["/data/imagewoof2.tgz"] * 2  # the first was answered 503
+    assert len([path for path in (cache / "archives").iterdir() if path.suffix != ".lock"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_archive_that_cannot_be_had_leaves_nothing(cache, web):
+    url, where, _ = web
+    with pytest.raises(DiffstillError, match=r"^http://.*/imagewoof2.tgz: cannot be downloaded \(.*404.*check `prepare.location`"):
+        load(woof(f"{url}/imagewoof2.tgz"))
+    (where / "page.tgz").write_text("<html>moved</html>")
+    with pytest.raises(DiffstillError, match=r"^http://.*/page.tgz: not a whole .tgz archive \(.*\); fetch it anew"):
+        load(woof(f"{url}/page.tgz"))
+    assert no_litter(cache)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbled", "checksum", "empty"])
+def test_a_damaged_archive_is_refused_and_leaves_nothing(fastai_tree, cache, tmp_path, damage):
+    archive = packed(fastai_tree, tmp_path / "x.tgz")
+    data = archive.read_bytes()
+    middle = len(data) // 2
+    broken = {"cut": data[:middle], "garbled": data[:middle] + b"\0" * 50 + data[middle + 50 :], "empty": b""}
+    archive.write_bytes((broken | {"checksum": data[:-8] + bytes(4) + data[-4:]})[damage])
+    with pytest.raises(DiffstillError, match=r"x.tgz: not a whole .tgz archive \(.+\); fetch it anew"):
+        load(woof(archive))
+    assert no_litter(cache)
+
+
+def link(target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo("imagewoof2/train/link")
+    member.type, member.linkname = kind, target
+    return member
+
+
+def device() -> tarfile.TarInfo:
+    member = tarfile.TarInfo("imagewoof2/disk")
+    member.type = tarfile.BLKTYPE
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    [tarfile.TarInfo("../outside.txt"), tarfile.TarInfo("imagewoof2/../../outside.txt"), link("/etc"), link("../../.."), device()],
+    ids=["parent", "inner parent", "absolute link", "link", "device"],
+)
+def test_an_archive_that_leads_outside_is_refused_and_leaves_nothing(fastai_tree, cache, tmp_path, member):
+    archive = tmp_path / "x.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(fastai_tree, "imagewoof2")
+        tar.addfile(member)
+    with pytest.raises(DiffstillError, match=r"x.tgz: holds what no archive of images needs, nothing of it was kept"):
+        load(woof(archive))
+    assert no_litter(cache)
+    assert not list(tmp_path.rglob("outside.txt"))
+
+
+def lacking(root: Path) -> None:
+    for wnid in WOOF[3:]:
+        shutil.rmtree(root / "train" / wnid)
+
+
+def flat(root: Path) -> None:
+    for image in sorted((root / "val").rglob("*.JPEG")):
+        image.rename(root / "val" / image.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lacking,
+            r"train: lacks 7 of the 10 classes of imagewoof: 'n02088364 \(beagle\)', .* and 2 more; name a location that has them, or list",
+        ),
+        (lambda root: shutil.rmtree(root / "val" / WOOF[9]), r"val: lacks 1 of the 10 classes of imagewoof: 'n02105641 \(Old English sheepdog\)'"),
+        (flat, r"val: holds 22 images directly, such as ILSVRC2012_val_00000000.JPEG, .*move every image into val/<wnid>/ .*LOC_val_solution.csv"),
+        (lambda root: shutil.rmtree(root / "val"), r"has no folder val/, it holds 'train'; expected an ImageNet tree"),
+        (lambda root: (root / "train").rename(root / "images"), r"has no folder train/, it holds 'images', 'val'; expected an ImageNet tree"),
+        (shutil.rmtree, r"does not exist, but `prepare.location` names it; expected an ImageNet tree .*fastai archive"),
+        (
+            lambda root: photo(root / "val" / WOOF[0] / "dog.JPEG"),
+            r"val/n02096294/dog.JPEG: its name does not tell .*\(n02096294_\*\) or validation images \(ILSVRC2012_val_\*\).*restore the original names",
+        ),
+        (lambda root: photo(root / "train" / WOOF[0] / "more" / "x.JPEG"), r"holds the folder 'more', but images must lie directly"),
+    ],
+)
+def test_imagenet_trees_that_cannot_work_are_refused(imagenet_tree, make, message):
+    make(imagenet_tree)
+    with pytest.raises(DiffstillError, match=message):
+        load(woof(imagenet_tree))
+
+
+@pytest.mark.parametrize("source", SUBSETS)
+def test_imagenet_without_a_location_is_refused(source):
+    with pytest.raises(DiffstillError, match=rf"`prepare.location` is null, but source {source} needs to know where its images lie; expected an Im"):
+        load(PrepareConfig(source=source))
+    with pytest.raises(DiffstillError, match=rf"'gs://bucket/x': source {source} does not read gs://"):
+        load(PrepareConfig(source=source, location="gs://bucket/x"))
+
+
+# --- listing and reading -----------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_follows_names_sizes_and_times(tmp_path):
+    tree(tmp_path, {"a": 3, "b": 3})
+    config, path = folder_config(tmp_path), tmp_path / "train/a/001.png"
+    seen = [datasets.load(config).fingerprint]
+    assert datasets.load(config).fingerprint == seen[0]
+    os.utime(path, ns=(0, 1))
+    seen.append(datasets.load(config).fingerprint)
+    path.write_bytes(path.read_bytes() + b"\0")
+    os.utime(path, ns=(0, 1))
+    seen.append(datasets.load(config).fingerprint)
+    path.rename(path.with_name("003.png"))
+    seen.append(datasets.load(config).fingerprint)
+    (tmp_path / "train/b").rename(tmp_path / "train/c")
+    seen.append(datasets.load(config).fingerprint)
+    assert len(set(seen)) == 5
+
+
+def test_the_number_of_cpus_changes_nothing(tmp_path, monkeypatch):
+    tree(tmp_path, {"a": 40, "b": 20})
+    for name in ("000", "017", "021"):
+        (tmp_path / f"train/a/{name}.png").write_text("bad")
+    config, found = folder_config(tmp_path, max_bad_fraction=0.1, shard_size=7), []
+    for cpus in (1, 2, 9):
+        monkeypatch.setattr("joblib.cpu_count", lambda cpus=cpus: cpus)
+        found.append(load(config))
+    for other in found[1:]:
+        assert other.rejected == found[0].rejected
+        assert list(other.bad) == list(found[0].bad)
+        for split in SPLITS:
+            assert np.array_equal(other.splits[split].pixels, found[0].splits[split].pixels)
+            assert np.array_equal(other.splits[split].labels, found[0].splits[split].labels)
+
+
+def test_pieces_are_read_one_by_one_so_that_bad_files_are_known_early(tmp_path):
+    brought(tree(tmp_path, {"a": 10, "b": 10}))
+    for number in (1, 2):
+        (tmp_path / f"train/a/00{number}.png").write_text("bad")
+    (tmp_path / "train/b/009.png").write_text("bad")
+    config, seen = folder_config(tmp_path, shard_size=5, max_bad_fraction=0.05), []
+    dataset = datasets.load(config)
+
+    class Counting:
+        def update(self, n=1):
+            seen.append(n)
+
+    pieces = read_pieces(dataset, dataset.pieces(5), 8, Counting())
+    found = next(pieces)
+    pieces.close()
+    with pytest.raises(
+        DiffstillError, match=r"2 of 24 image files cannot be used, above `prepare.max_bad_fraction` 0.05 \(train/a/001.png: [^;]*; train/a/002"
+    ):
+        refuse_many_bad(dataset, found.rejected, config.max_bad_fraction)
+    assert sum(seen) == 5

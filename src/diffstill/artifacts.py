@@ -13,17 +13,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from diffstill.config import Section
@@ -31,6 +32,7 @@ from diffstill.errors import DiffstillError
 
 Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report", "card"]
 Array = npt.NDArray[Any]
+Item = TypeVar("Item")
 SCHEMA: Literal[1] = 1
 MANIFEST = "manifest.json"
 ANCESTORS = "ancestors"
@@ -116,18 +118,22 @@ def open_artifact(folder: Path, kind: Kind, *, shard: bool = False) -> Artifact:
         raise DiffstillError(f"{folder}: holds {held} a `{kind}` artifact; `--parts` takes shards and gathers them, everything else takes the whole")
     listed = artifact.manifest.files
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in DESKTOP_LITTER} - {MANIFEST}
-    for name in sorted(listed.keys() | present):
-        path = folder / name
-        if name not in present:
-            raise DiffstillError(f"{path}: listed in the manifest but missing; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)")
-        if name not in listed:
-            raise DiffstillError(
-                f"{path}: not listed in the manifest; remove it, or remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
-            )
-        if file_digest(path) != listed[name]:
-            raise DiffstillError(
-                f"{path}: content differs from the digest in its manifest; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
-            )
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(file_digest, [folder / name for name in sorted(listed.keys() & present)])
+        for name in sorted(listed.keys() | present):
+            path = folder / name
+            if name not in present:
+                raise DiffstillError(
+                    f"{path}: listed in the manifest but missing; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
+                )
+            if name not in listed:
+                raise DiffstillError(
+                    f"{path}: not listed in the manifest; remove it, or remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
+                )
+            if next(digests) != listed[name]:
+                raise DiffstillError(
+                    f"{path}: content differs from the digest in its manifest; remove {folder} and make the `{kind}` artifact anew (`diffstill run`)"
+                )
     return artifact
 
 
@@ -147,7 +153,8 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
         paths = [path for path in draft.folder.rglob("*") if path.is_file()]
         for path in paths:
             path.chmod(0o644)  # safetensors writes for its owner alone
-        files = {path.relative_to(draft.folder).as_posix(): file_digest(path) for path in paths}
+        with ThreadPoolExecutor() as threads:
+            files = {path.relative_to(draft.folder).as_posix(): digest for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
         manifest = Manifest(kind=kind, config=config.plain(), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
         (draft.folder / MANIFEST).write_text(manifest.text())
@@ -232,12 +239,16 @@ def write_shards(folder: Path, prefix: str, arrays: Mapping[str, Array], shard_s
         save_file(part, folder / f"{prefix}-{number:05d}.safetensors")
 
 
-def read_shards(folder: Path, prefix: str) -> dict[str, Array]:
-    """The arrays that `write_shards` cut, joined again. Raises `DiffstillError` if there are none."""
+def _shards(folder: Path, prefix: str) -> list[Path]:
     paths = sorted(folder.glob(f"{prefix}-[0-9]*.safetensors"), key=lambda path: (len(path.name), path.name))  # 100000 comes after 99999
     if not paths:
         raise DiffstillError(f"{folder}: has no shard {prefix}-*.safetensors; make the artifact anew")
-    parts = [load_file(path) for path in paths]
+    return paths
+
+
+def read_shards(folder: Path, prefix: str) -> dict[str, Array]:
+    """The arrays that `write_shards` cut, joined again. Raises `DiffstillError` if there are none."""
+    parts = [load_file(path) for path in _shards(folder, prefix)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -245,6 +256,46 @@ def load_split(images: Artifact, split: str) -> tuple[Array, npt.NDArray[np.int6
     """One split of an `images` artifact: pixels (N, channels, side, side) uint8, labels (N,) int64."""
     arrays = read_shards(images.folder, split)
     return arrays["pixels"], arrays["labels"]
+
+
+class Rows:
+    """One array of a split in shards, read as far as it is asked for: `rows[10:20]`, `rows[numbers]`; never the whole of it."""
+
+    def __init__(self, folder: Path, prefix: str, name: str) -> None:
+        self._paths, self._name = _shards(folder, prefix), name
+        shapes = []
+        for path in self._paths:
+            with safe_open(path, framework="numpy") as file:
+                shapes.append(file.get_slice(name).get_shape())
+        self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
+        self.shape: tuple[int, ...] = (int(self._starts[-1]), *shapes[0][1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, wanted: slice | npt.NDArray[np.int64]) -> Array:
+        """Those rows, in the order asked for. Neighbours are read at once."""
+        numbers = np.arange(len(self))[wanted]
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        cuts = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(shards) != 0)) + 1
+        runs = [(int(shards[run[0]]), int(numbers[run[0]]), len(run)) for run in np.split(np.arange(len(numbers)), cuts) if len(run)]
+        parts = [self._run(*run) for run in runs] or [self._run(0, 0, 0)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _run(self, shard: int, first: int, count: int) -> Array:
+        start = first - int(self._starts[shard])
+        with safe_open(self._paths[shard], framework="numpy") as file:
+            run: Array = file.get_slice(self._name)[start : start + count]
+        return run
+
+
+def read_ahead(items: Generator[Item]) -> Generator[Item]:
+    """The items, each made in a background thread while the one before it is used."""
+    with closing(items), ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
 
 
 def to_unit(pixels: Array) -> npt.NDArray[np.float32]:
@@ -296,7 +347,7 @@ class WorkFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(dict(arrays), partial)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)  # safetensors ignores strides
         partial.replace(path)
 
     def load(self, name: str) -> dict[str, Array] | None:
@@ -306,6 +357,25 @@ class WorkFolder:
             return load_file(path) if path.is_file() else None
         except SafetensorError as error:
             raise DiffstillError(f"{path}: damaged checkpoint ({error}); remove it to start this stage anew") from error
+
+    def holds(self, name: str) -> bool:
+        """Whether `save` has kept something under `name`. Raises `DiffstillError` if the file is damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            if path.is_file():
+                with safe_open(path, framework="numpy"):
+                    return True
+        except SafetensorError as error:
+            raise DiffstillError(f"{path}: damaged checkpoint ({error}); remove it to make it anew") from error
+        return False
+
+    def place(self, name: str, folder: Path) -> None:
+        """Put the file that `save` kept under `name` into `folder`: under a second name, or as a copy where a file system has no such thing."""
+        kept = self.folder / f"{name}.safetensors"
+        try:
+            (folder / kept.name).hardlink_to(kept)
+        except OSError:
+            shutil.copyfile(kept, folder / kept.name)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add one line to `<name>.jsonl`, flushed to disk."""

@@ -50,6 +50,7 @@ Batch = Annotated[int, Field(ge=1, le=100_000)]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Precision = Literal["float32", "bf16"]
 YAML_1_1 = ("on", "off", "yes", "no", "y", "n")
 """Words that YAML 1.1, and with it many tools, reads as true or false."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -72,8 +73,10 @@ class Section(BaseModel):
 class PrepareConfig(Section):
     """Where the real images come from, and how they are cut and split."""
 
-    source: Literal["digits", "fashion-mnist", "folder"] = Field(
-        "digits", description="dataset: digits (inside scikit-learn), fashion-mnist, or folder (train/<class>/*, optionally test/ and val/)"
+    source: Literal["digits", "fashion-mnist", "folder", "imagewoof", "imagenette", "imageidc", "imagenet100", "imagenet1k"] = Field(
+        "digits",
+        description="dataset: digits (inside scikit-learn), fashion-mnist, folder (train/<class>/*, optionally test/ and val/), "
+        "or classes of ImageNet (a tree with train/<wnid>/* and val/<wnid>/*)",
     )
     location: Location = Field(None, description="folder or URL of the data; null = where the dataset usually is")
     classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(
@@ -127,10 +130,23 @@ class DitConfig(Section):
 
 
 class PretrainConfig(Section):
-    """The generator: trained here from scratch, or a diffusers DiTPipeline folder."""
+    """The generator: trained here from scratch, or pretrained weights of others."""
 
-    source: Literal["scratch", "folder"] = Field("scratch", description="scratch = train a small one; folder = copy a diffusers DiTPipeline folder")
-    location: Location = Field(None, description="the DiTPipeline folder, for source: folder")
+    source: Literal["scratch", "folder", "checkpoint"] = Field(
+        "scratch",
+        description="scratch = train a small one; folder = a diffusers DiTPipeline folder; checkpoint = a .pt file of the original DiT code",
+    )
+    location: Location = Field(None, description="the folder or file: a path, s3://<bucket>/<prefix>, or hf://<owner>/<repository>@<revision>")
+    autoencoder: Location = Field(
+        None, description="a diffusers AutoencoderKL folder (path, s3://, hf://), or ema or mse for that of Stable Diffusion; null = the folder's own"
+    )
+    labels: Mapping[str, str] = Field(
+        {}, description="class -> label number or wnid of the generator, `mean` for a new label, `new:<label>` for one that begins as a copy"
+    )
+    frequency_shift: Literal[0, 1] | None = Field(
+        None, description="of the timestep frequencies of pretrained weights: 0 = original DiT code, 1 = diffusers; null = by the source"
+    )
+    licence: str | None = Field(None, description="licence of pretrained weights, for the manifest and the card; null = what is known of the source")
     timesteps: Annotated[int, Field(ge=2, le=10_000)] = Field(1000, description="diffusion timesteps T")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first of the linear betas")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last of the linear betas")
@@ -142,8 +158,14 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.source == "folder") != (self.location is not None):
-            raise ValueError("`location` goes with `source: folder`, and only with it; set both or neither")
+        if (self.source == "scratch") != (self.location is None):
+            raise ValueError("`location` goes with `source: folder` or `checkpoint`, and only with them; set both or neither")
+        if self.source == "scratch" and (self.autoencoder or self.labels or self.frequency_shift is not None or self.licence):
+            raise ValueError(
+                "`autoencoder`, `labels`, `frequency_shift` and `licence` are for pretrained weights, not for `source: scratch`; leave them out"
+            )
+        if self.source == "checkpoint" and self.autoencoder is None:
+            raise ValueError("`source: checkpoint` has no autoencoder; set `autoencoder` to ema, mse or a folder")
         if self.beta_start > self.beta_end:
             raise ValueError(f"`beta_start` {self.beta_start} must not exceed `beta_end` {self.beta_end}")
         return self
@@ -154,6 +176,7 @@ class EncodeConfig(Section):
 
     batch_size: Batch = Field(256, description="images per pass through the autoencoder")
     shard_size: Count = Field(4096, description="images per shard file")
+    precision: Precision = Field("float32", description="arithmetic of the autoencoder; bf16 is faster on a GPU, and rounds")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
 
@@ -162,7 +185,8 @@ class FinetuneConfig(Section):
 
     seeds: Seeds = Field((0,), description="one fine-tune per seed; generation seed number i samples from fine-tune i, or from the only one")
     steps: Count = Field(300, description="optimiser steps")
-    batch_size: Batch = Field(32, description="latents per step")
+    epochs: Count | None = Field(None, description="passes over the training images, in place of `steps`; null = as many as `steps` says")
+    batch_size: Batch = Field(32, description="latents per step, over all GPUs together")
     balanced: bool = Field(False, description="draw the same number of images of every class into each batch")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate, constant (paper: 1e-3 with DiffFit)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
@@ -188,6 +212,9 @@ class FinetuneConfig(Section):
     preview_every: Annotated[int, Field(ge=0)] = Field(
         50, description="steps between pictures of what the averaged weights draw, for the tracker; 0 = none; changes no weight"
     )
+    precision: Precision = Field("float32", description="what the transformer computes in; bf16 suits GPUs, weights in training stay float32")
+    compile: bool = Field(False, description="compile the transformer's blocks (TorchInductor): half a minute at first, then faster on a GPU")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice rather than keep them: slower, less memory")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
     checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
 
@@ -202,6 +229,8 @@ class SampleConfig(Section):
     steps: Count = Field(25, description="sampling steps")
     classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(None, description="sample these classes only; null = all")
     chunk_size: Batch = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
+    precision: Precision = Field("float32", description="what the transformer computes in; bf16 suits GPUs, the sampler's state stays float32")
+    compile: bool = Field(False, description="compile the transformer's blocks (TorchInductor): half a minute at first, then faster on a GPU")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
 
 
@@ -299,6 +328,25 @@ class Params(Section):
         return section
 
 
+_PHOTOS: Mapping[str, Any] = {"side": 256, "channels": 3, "flip": True, "shard_size": 1024}
+_PAPER: Mapping[str, Mapping[str, Any]] = {
+    "pretrain": {"source": "folder", "location": "hf://facebook/DiT-XL-2-256@main", "autoencoder": "ema"},
+    "encode": {"batch_size": 64, "shard_size": 1024},
+    "finetune": {
+        "epochs": 8,
+        "batch_size": 8,
+        "ema_decay": 0.9999,
+        "log_every": 100,
+        "preview_every": 1000,
+        "precision": "bf16",
+        "compile": True,
+        "checkpoint_every": 1000,
+    },
+    "sample": {"images_per_class": 50, "guidance": 4.0, "sampler": "ddpm", "steps": 50, "precision": "bf16", "compile": True},
+    "evaluate": {"students": ["resnetap-10"], "images_per_class": [10, 20, 50], "protocol": "literature", "evaluations": 1, "workers": 1},
+}
+"""The paper's settings at 256 px (ICIP 2025, section 4): DiT-XL/2, DiffFit, 8 epochs of batches of 8, 50 DDPM steps, guidance 4."""
+
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "digits": {},
     "fashion-mnist": {
@@ -321,6 +369,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "finetune": {"steps": 1000, "batch_size": 64, "preview_every": 100},
         "evaluate": {"students": ["convnet-3"], "protocol": "short-500"},
     },
+    "imagewoof": {"prepare": {"source": "imagewoof", **_PHOTOS}, **_PAPER},
+    "imagenette": {"prepare": {"source": "imagenette", **_PHOTOS}, **_PAPER},
+    "imageidc": {"prepare": {"source": "imageidc", **_PHOTOS}, **_PAPER},
+    "imagenet100": {"prepare": {"source": "imagenet100", **_PHOTOS}, **_PAPER},
+    "imagenet1k": {"prepare": {"source": "imagenet1k", **_PHOTOS}, **_PAPER, "finetune": {**_PAPER["finetune"], "batch_size": 256}},
     "tiny": {
         "prepare": {"classes": ["0", "1", "2"]},
         "pretrain": {
@@ -449,6 +502,10 @@ def _flow(value: Any) -> Any:
     """`value` as YAML shows it: a tuple in one line, odd text in quotes (ruamel writes some of it so that it is read as a mapping)."""
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z][\w.+-]*", value) and value not in YAML_1_1 else DoubleQuotedScalarString(value)
+    if isinstance(value, Mapping):
+        mapping = CommentedMap({name: _flow(one) for name, one in value.items()})
+        mapping.fa.set_flow_style()
+        return mapping
     if not isinstance(value, tuple):
         return value
     sequence = CommentedSeq(map(_flow, value))

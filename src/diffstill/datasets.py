@@ -1,42 +1,58 @@
-"""Sources of real images: read, checked, centre-cropped, resized and split into train, val and test.
+"""Sources of real images: listed, divided into train, val and test, then read piece by piece, centre-cropped and resized.
 
-Every source ends in the same `Dataset`. Arrays are uint8 of shape (N, channels, side, side), labels are positions in
-`Dataset.classes`. Nothing here depends on the order in which a file system lists its files.
+Every source ends in the same `Dataset`: what there is and how it is divided, known before an image is decoded. Pixels are
+uint8 of shape (N, channels, side, side), labels are positions in `Dataset.classes`. Nothing here depends on the order in
+which a file system lists its files, or on the number of CPUs.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import os
 import struct
+import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import requests
+from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from diffstill.artifacts import cache_folder
+from diffstill.artifacts import cache_folder, file_digest
 from diffstill.config import PrepareConfig
 from diffstill.errors import DiffstillError
-from diffstill.record import Record, ignore
+from diffstill.imagenet import SUBSETS, title_of
+from diffstill.record import Progress, Record, ignore
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+
+log = logging.getLogger("diffstill")
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 LAYOUT = "expected <location>/train/<class>/<image>, and optionally test/ and val/ laid out like train/"
+IMAGENET_LAYOUT = (
+    "expected an ImageNet tree (<location>/train/<wnid>/*.JPEG and val/<wnid>/*.JPEG) or a fastai archive (a .tgz file, its https:// URL, or the "
+    "folder unpacked from it)"
+)
+VALIDATION_IMAGE = "ILSVRC2012_val_"
+"""How the names of ImageNet's validation images begin; those of its training images begin with `<wnid>_`."""
 
 DIGITS_CLASSES = tuple("0123456789")
 FASHION_CLASSES = ("t-shirt-top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -53,14 +69,7 @@ FASHION_DIGESTS: Mapping[str, str] = {
 _BAD_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error)
 _CHUNK = 1 << 20
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images of one split: pixels (N, channels, side, side) uint8, labels (N,) int64."""
-
-    pixels: Pixels
-    labels: Labels
+_RUN = 16  # images that a thread reads at a time
 
 
 @dataclass(frozen=True)
@@ -72,57 +81,91 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Real images ready to use. `splits` has train, val and test; `division` says in words how they came about."""
+class Piece:
+    """The images of one shard file: those numbered `rows` in their dataset."""
 
-    classes: tuple[str, ...]
-    splits: Mapping[str, Split]
-    division: str
-    rejected: tuple[Rejected, ...] = ()
-    ignored: int = 0
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Images by split and class name."""
-        return {name: {label: int((split.labels == i).sum()) for i, label in enumerate(self.classes)} for name, split in self.splits.items()}
+    split: str
+    number: int
+    rows: Labels
 
     @property
-    def channels(self) -> int:
-        """1 for grey, 3 for colour."""
-        return int(self.splits["train"].pixels.shape[1])
+    def name(self) -> str:
+        """The shard file's name without its suffix."""
+        return f"{self.split}-{self.number:05d}"
 
 
 @dataclass(frozen=True)
-class _Pool:
-    """All images of a source before the split. `origin` (N,) is the split each lies in; `brought` describes those that come with the data."""
+class ReadPiece:
+    """The readable images of a piece, and why each of the others was rejected, by its number in the dataset."""
 
+    piece: Piece
     pixels: Pixels
     labels: Labels
-    origin: npt.NDArray[np.str_]
-    classes: tuple[str, ...]
-    brought: Mapping[str, str]
+    rejected: Mapping[int, str]
 
 
 @dataclass(frozen=True)
-class _File:
-    path: Path
-    name: str
-    origin: str
-    label: int
+class Dataset:
+    """N real images, divided but not yet read.
+
+    `assigned` (N,) is the split of each, `division` says in words how that came about, `leakage` what is wrong with it.
+    `read` gives one image (channels, side, side) by its number, or raises what Pillow raises on a malformed file.
+    `fingerprint` changes when the files do. `place` is where they lie, for messages.
+    """
+
+    classes: tuple[str, ...]
+    labels: Labels
+    assigned: npt.NDArray[np.str_]
+    division: str
+    channels: int
+    read: Callable[[int], Pixels]
+    place: str
+    names: Sequence[str] = ()
+    fingerprint: str = ""
+    ignored: int = 0
+    leakage: str | None = None
+
+    def pieces(self, size: int) -> list[Piece]:
+        """Each split cut into pieces of `size` images."""
+        rows = {split: np.flatnonzero(self.assigned == split) for split in SPLITS}
+        return [
+            Piece(split, number, own[start : start + size]) for split, own in rows.items() for number, start in enumerate(range(0, len(own), size))
+        ]
+
+    def counts(self, rejected: Collection[int] = ()) -> dict[str, dict[str, int]]:
+        """Images by split and class name, without the rejected ones."""
+        kept = np.ones(len(self.labels), bool)
+        kept[list(rejected)] = False
+        own = {split: np.bincount(self.labels[kept & (self.assigned == split)], minlength=len(self.classes)) for split in SPLITS}
+        return {split: dict(zip(self.classes, numbers.tolist(), strict=True)) for split, numbers in own.items()}
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a source holds. `origin` (N,) is the split each image lies in; `names` are paths below the location."""
+
+    classes: tuple[str, ...]
+    labels: Labels
+    origin: npt.NDArray[np.str_]
+    names: Sequence[str] = ()
+    fingerprint: str = ""
+    ignored: int = 0
 
 
 def load(config: PrepareConfig, record: Record = ignore) -> Dataset:
-    """Read the source that `config` names. Raises `DiffstillError` naming the file, class or knob that is wrong."""
+    """List and divide the source that `config` names. Raises `DiffstillError` naming the file, class or knob that is wrong."""
     location = config.location or ""
-    downloads = config.source == "fashion-mnist" and _is_url(location)
+    downloads = config.source not in ("digits", "folder") and _is_url(location)
     if "://" in location and config.source != "digits" and not downloads:
         scheme = location.partition("://")[0]
         raise DiffstillError(
             f"`prepare.location` {location!r}: source {config.source} does not read {scheme}://; name a folder, s3://<bucket>/<prefix> or a DVC repository"
         )
-    return {"digits": digits, "fashion-mnist": fashion_mnist, "folder": folder}[config.source](config, record)
+    sources: Mapping[str, Callable[[PrepareConfig, Record], Dataset]] = {"digits": digits, "fashion-mnist": fashion_mnist, "folder": folder}
+    return sources.get(config.source, imagenet)(config, record)
 
 
-def digits(config: PrepareConfig, record: Record = ignore) -> Dataset:
+def digits(config: PrepareConfig, _record: Record = ignore) -> Dataset:
     """The 1,797 grey 8x8 digits inside scikit-learn, values 0..16 spread over 0..255."""
     from sklearn.datasets import load_digits
 
@@ -130,8 +173,7 @@ def digits(config: PrepareConfig, record: Record = ignore) -> Dataset:
         raise DiffstillError(f"`prepare.location` is {config.location!r}, but the digits lie inside scikit-learn; set it to null")
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    raw = _Pool(grey[:, None], bunch.target, np.full(len(grey), "train"), DIGITS_CLASSES, {})
-    return _dataset(_selected(raw, config, record), config)
+    return _of_arrays(grey, _Listing(DIGITS_CLASSES, bunch.target, np.full(len(grey), "train")), {}, config)
 
 
 def fashion_mnist(config: PrepareConfig, record: Record = ignore, digests: Mapping[str, str] = FASHION_DIGESTS) -> Dataset:
@@ -151,37 +193,77 @@ def fashion_mnist(config: PrepareConfig, record: Record = ignore, digests: Mappi
     origin = np.repeat(["train", "test"], [len(train_labels), len(test_labels)])
     brought = {"test": "the test split that comes with the data"}
     grey, labels = np.concatenate([train_images, test_images]), np.concatenate([train_labels, test_labels])
-    raw = _Pool(grey[:, None], labels.astype(np.int64), origin, FASHION_CLASSES, brought)
-    return _dataset(_selected(raw, config, record), config)
+    return _of_arrays(grey, _Listing(FASHION_CLASSES, labels.astype(np.int64), origin), brought, config)
 
 
 def folder(config: PrepareConfig, record: Record = ignore) -> Dataset:
-    """Images in `config.location`/train/<class>/, optionally with test/ and val/ beside; val/ alone serves as test, as in ImageNet-like trees.
-
-    Unreadable files are listed in `Dataset.rejected`; above `config.max_bad_fraction` of all files they are an error.
-    """
+    """Images in `config.location`/train/<class>/, optionally with test/ and val/ beside; val/ alone serves as test, as in ImageNet-like trees."""
     if config.location is None:
         raise DiffstillError(f"`prepare.location` is null, but `source: folder` needs the folder of the images; {LAYOUT}")
     root = Path(config.location).expanduser()
     folders = _layout(root)
-    classes = _agreed_classes(root, folders, config.classes)
-    listings = [_list_class(root, origin, sub, name, label) for origin, sub in folders.items() for label, name in enumerate(classes)]
-    files = [file for listed, _ in listings for file in listed]
-    ignored = sum(others for _, others in listings) + sum(len(_visible(root / sub, folders=False)) for sub in folders.values())
+    listing = _list(root, folders, _agreed_classes(root, folders, config.classes), record)
     brought = {origin: f"the folder {sub}/" for origin, sub in folders.items() if origin != "train"}
-    pixels, kept, rejected = _decode_all(files, config, record)
-    _refuse_many_bad(root, rejected, len(files), config)
-    labels, origins = np.array([file.label for file in kept], np.int64), np.array([file.origin for file in kept], "<U5")
-    return _dataset(_Pool(pixels, labels, origins, classes, brought), config, rejected, ignored)
+    return _of_files(root, listing, brought, config, record)
 
 
-# --- from images to splits ---------------------------------------------------------------------------------------
+def imagenet(config: PrepareConfig, record: Record = ignore) -> Dataset:
+    """The classes of one of ImageNet's subsets, named by `config.source`, out of an ImageNet tree or a fastai archive; val/ is test.
+
+    The file names tell the literature's split from a re-split of the same images, whose test images a generator may have
+    been trained on: such leakage is logged, and told by `Dataset.leakage`.
+    """
+    if config.location is None:
+        raise DiffstillError(f"`prepare.location` is null, but source {config.source} needs to know where its images lie; {IMAGENET_LAYOUT}")
+    root = _imagenet_root(config.location, record)
+    classes = _chosen(config.classes, SUBSETS[config.source], f"source {config.source}")
+    for sub in ("train", "val"):
+        _refuse_lacking(root / sub, classes, config.source)
+    listing = _list(root, {"train": "train", "test": "val"}, classes, record)
+    split, leakage = _provenance(root, listing)
+    if leakage:
+        log.warning("%s: %s", root, leakage)
+    return _of_files(root, listing, {"test": split}, config, record, leakage)
 
 
-def _dataset(pool: _Pool, config: PrepareConfig, rejected: tuple[Rejected, ...] = (), ignored: int = 0) -> Dataset:
-    assigned = divide(pool.labels, pool.origin, pool.classes, tuple(pool.brought), config)
-    splits = {name: Split(pool.pixels[assigned == name], pool.labels[assigned == name]) for name in SPLITS}
-    return Dataset(pool.classes, splits, _describe(pool.brought, config), rejected, ignored)
+# --- from a listing to a dataset ---------------------------------------------------------------------------------
+
+
+def _of_files(
+    root: Path, listing: _Listing, brought: Mapping[str, str], config: PrepareConfig, record: Record, leakage: str | None = None
+) -> Dataset:
+    assigned = divide(listing.labels, listing.origin, listing.classes, tuple(brought), config)
+    channels = config.channels or _channels_of(root, listing.names, config, record)
+    return Dataset(
+        classes=listing.classes,
+        labels=listing.labels,
+        assigned=assigned,
+        division=_describe(brought, config),
+        channels=channels,
+        read=partial(_read_file, root, listing.names, channels, config),
+        place=str(root),
+        names=listing.names,
+        fingerprint=listing.fingerprint,
+        ignored=listing.ignored,
+        leakage=leakage,
+    )
+
+
+def _of_arrays(grey: Pixels, listing: _Listing, brought: Mapping[str, str], config: PrepareConfig) -> Dataset:
+    """The wanted classes of grey images (N, height, width), relabelled in the wanted order."""
+    classes = _chosen(config.classes, listing.classes, config.source)
+    positions = np.array([classes.index(name) if name in classes else -1 for name in listing.classes], np.int64)
+    wanted = np.flatnonzero(positions[listing.labels] >= 0)
+    labels = positions[listing.labels[wanted]]
+    return Dataset(
+        classes=classes,
+        labels=labels,
+        assigned=divide(labels, listing.origin[wanted], classes, tuple(brought), config),
+        division=_describe(brought, config),
+        channels=config.channels or 1,
+        read=partial(_read_array, grey[wanted], config),
+        place=config.source,
+    )
 
 
 def divide(
@@ -194,12 +276,11 @@ def divide(
     """
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
     cuts = {name: fraction for name, fraction in fractions.items() if name not in brought}
-    assigned = origin.copy()
-    for label, name in enumerate(classes):
-        for split in brought:
-            if not np.any((labels == label) & (origin == split)):
-                raise DiffstillError(f"class {name!r} has no readable image for {split}; add some, or leave the class out with `prepare.classes`")
-        members = np.flatnonzero((labels == label) & (origin == "train"))
+    assigned, training = origin.copy(), np.flatnonzero(origin == "train")
+    training = training[np.argsort(labels[training], kind="stable")]
+    starts = np.searchsorted(labels[training], np.arange(len(classes) + 1))
+    for name, start, stop in zip(classes, starts, starts[1:], strict=False):
+        members = training[start:stop]
         _refuse_few(name, len(members), cuts)
         order = np.random.default_rng([config.seed, *os.fsencode(name)]).permutation(members)
         for later, (split, fraction) in zip(range(len(cuts), 0, -1), cuts.items(), strict=True):
@@ -246,30 +327,123 @@ def _shortened(names: Sequence[str], shown: int = _SHOWN) -> str:
     return ", ".join(repr(name) for name in names[:shown]) + more
 
 
+# --- reading, piece by piece -------------------------------------------------------------------------------------
+
+
+def read_pieces(dataset: Dataset, pieces: Iterable[Piece], side: int, progress: Progress) -> Generator[ReadPiece]:
+    """The images of each piece, in order, read by as many threads as there are CPUs for this process; Pillow decodes without Python's lock."""
+    with ThreadPoolExecutor(joblib.cpu_count()) as threads, _lifted_pillow_limit():
+        for piece in pieces:
+            yield _read_piece(dataset, piece, side, threads, progress)
+
+
+def _read_piece(dataset: Dataset, piece: Piece, side: int, threads: ThreadPoolExecutor, progress: Progress) -> ReadPiece:
+    pixels = np.empty((len(piece.rows), dataset.channels, side, side), np.uint8)
+    rejected: dict[int, str] = {}
+    starts = range(0, len(piece.rows), _RUN)
+    runs = [(piece.rows[start : start + _RUN], pixels[start : start + _RUN]) for start in starts]
+    for (rows, _), bad in zip(runs, threads.map(partial(_read_run, dataset.read), runs), strict=True):
+        rejected |= bad
+        progress.update(len(rows))
+    labels = dataset.labels[piece.rows]
+    if rejected:
+        readable = ~np.isin(piece.rows, list(rejected))
+        pixels, labels = pixels[readable], labels[readable]
+    return ReadPiece(piece, pixels, labels, rejected)
+
+
+def _read_run(read: Callable[[int], Pixels], run: tuple[Labels, Pixels]) -> dict[int, str]:
+    """Read some images into their places; why each of the others cannot be read."""
+    rejected = {}
+    for row, place in zip(*run, strict=True):
+        try:
+            place[:] = read(int(row))
+        except _BAD_IMAGE as error:
+            rejected[int(row)] = _reason(error)
+    return rejected
+
+
+def _read_array(grey: Pixels, config: PrepareConfig, row: int) -> Pixels:
+    resized = np.asarray(_resized(Image.fromarray(grey[row]), config.side))
+    return np.repeat(resized[None], config.channels or 1, axis=0)
+
+
+def _read_file(root: Path, names: Sequence[str], channels: int, config: PrepareConfig, row: int) -> Pixels:
+    return _planes(decode(root / names[row], config.side, config.max_pixels), channels)
+
+
+def _channels_of(root: Path, names: Sequence[str], config: PrepareConfig, record: Record) -> int:
+    """3 if any readable image has colour, else 1. Headers tell; a file whose header tells of colour is decoded, and the first that can be settles it."""
+    has_colour = partial(_has_colour, root, config)
+    with record.progress("read headers", len(names), "img") as progress, ThreadPoolExecutor(joblib.cpu_count()) as threads, _lifted_pillow_limit():
+        for start in range(0, len(names), config.shard_size):
+            some = names[start : start + config.shard_size]
+            if any(threads.map(has_colour, some)):
+                return 3
+            progress.update(len(some))
+    return 1
+
+
+def _has_colour(root: Path, config: PrepareConfig, name: str) -> bool:
+    try:
+        with Image.open(root / name, formats=FORMATS) as image:
+            if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
+                return False
+        return decode(root / name, config.side, config.max_pixels).mode == "RGB"
+    except _BAD_IMAGE:
+        return False
+
+
+def _planes(image: Image.Image, channels: int) -> Pixels:
+    """An L or RGB image as (channels, height, width)."""
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+
+
+@contextmanager
+def _lifted_pillow_limit() -> Iterator[None]:
+    """Pillow's own limit on pixels must not cut in below `prepare.max_pixels`."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was rejected, free of the absolute paths that Pillow and the system put into their messages."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a readable image ({', '.join(FORMATS)})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def refuse_many_bad(dataset: Dataset, rejected: Mapping[int, str], tolerated: float) -> None:
+    """Raise `DiffstillError` if more than that share of all images was rejected so far."""
+    total = len(dataset.labels)
+    if len(rejected) / total > tolerated:
+        shown = "; ".join(f"{dataset.names[row]}: {reason}" for row, reason in sorted(rejected.items())[:_SHOWN])
+        more = f"; and {len(rejected) - _SHOWN} more" if len(rejected) > _SHOWN else ""
+        raise DiffstillError(
+            f"{dataset.place}: {len(rejected)} of {total} image files cannot be used, above `prepare.max_bad_fraction` {tolerated:g} "
+            f"({shown}{more}); remove these files or raise `prepare.max_bad_fraction`"
+        )
+
+
+def refuse_emptied(dataset: Dataset, rejected: Collection[int]) -> None:
+    """Raise `DiffstillError` if the rejected files leave a class without an image in a split."""
+    for split, numbers in dataset.counts(rejected).items():
+        for name, count in numbers.items():
+            if not count:
+                raise DiffstillError(
+                    f"class {name!r} has no readable image for {split}; mend or remove its unreadable files, add some, "
+                    "or leave the class out with `prepare.classes`"
+                )
+
+
 # --- sources that are arrays: digits, fashion-mnist --------------------------------------------------------------
-
-
-def _selected(raw: _Pool, config: PrepareConfig, record: Record) -> _Pool:
-    """The wanted classes of a grey source, relabelled in the wanted order, at the wanted side and channels."""
-    classes = _chosen(config.classes, raw.classes, config.source)
-    positions = np.array([classes.index(name) if name in classes else -1 for name in raw.classes], np.int64)
-    labels = positions[raw.labels]
-    keep = labels >= 0
-    grey = _resize_all(raw.pixels[keep, 0], config.side, record)
-    pixels = np.repeat(grey[:, None], config.channels or 1, axis=1)
-    return _Pool(pixels, labels[keep], raw.origin[keep], classes, raw.brought)
-
-
-def _resize_all(grey: Pixels, side: int, record: Record) -> Pixels:
-    with record.progress("prepare", len(grey), "img") as progress:
-        if grey.shape[1:] == (side, side):
-            progress.update(len(grey))
-            return grey
-        resized = np.empty((len(grey), side, side), np.uint8)
-        for i, image in enumerate(grey):
-            resized[i] = np.asarray(_resized(Image.fromarray(image), side))
-            progress.update()
-    return resized
 
 
 def read_idx(path: Path, digest: str) -> Pixels:
@@ -290,14 +464,21 @@ def _is_url(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
-def _download_all(prefix: str, digests: Mapping[str, str], record: Record) -> Path:
-    """Fetch the files below `prefix` that the cache lacks; the cache folder."""
-    cache = cache_folder() / "fashion-mnist"
-    cache.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _session() -> Iterator[requests.Session]:
+    """Requests that are tried again while a server is busy."""
     retry = Retry(total=4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=retry))
+        yield session
+
+
+def _download_all(prefix: str, digests: Mapping[str, str], record: Record) -> Path:
+    """Fetch the files below `prefix` that the cache lacks; the cache folder."""
+    cache = cache_folder() / "fashion-mnist"
+    cache.mkdir(parents=True, exist_ok=True)
+    with _session() as session:
         for name, digest in digests.items():
             if not (cache / name).is_file():
                 _download(session, f"{prefix.rstrip('/')}/{name}", cache / name, digest, record)
@@ -306,12 +487,9 @@ def _download_all(prefix: str, digests: Mapping[str, str], record: Record) -> Pa
 
 def _download(session: requests.Session, url: str, target: Path, digest: str, record: Record) -> None:
     """Fetch `url` to `target`, which appears only once it is whole and its content is verified."""
-    with tempfile.TemporaryDirectory(prefix=".download.", dir=target.parent) as partial:
-        path = Path(partial) / target.name
-        try:
-            _stream(session, url, path, record)
-        except (requests.RequestException, HTTPError) as error:
-            raise DiffstillError(f"{url}: cannot be downloaded ({error}); check `prepare.location`, or name a folder that has the files") from error
+    with tempfile.TemporaryDirectory(prefix=".download.", dir=target.parent) as partial_folder:
+        path = Path(partial_folder) / target.name
+        _stream(session, url, path, record)
         try:
             read_idx(path, digest)
         except DiffstillError as error:
@@ -320,14 +498,17 @@ def _download(session: requests.Session, url: str, target: Path, digest: str, re
 
 
 def _stream(session: requests.Session, url: str, path: Path, record: Record) -> None:
-    with session.get(url, stream=True, timeout=(10, 60), headers={"Accept-Encoding": "identity"}) as response:
-        response.raise_for_status()
-        size = int(response.headers.get("Content-Length", 0))
-        with path.open("wb") as file, record.progress(f"download {path.name}", size, "B") as progress:
-            # Undecoded: some servers declare a .gz file as gzip-encoded, and decoding would unpack it.
-            for chunk in response.raw.stream(_CHUNK, decode_content=False):
-                file.write(chunk)
-                progress.update(len(chunk))
+    try:
+        with session.get(url, stream=True, timeout=(10, 60), headers={"Accept-Encoding": "identity"}) as response:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0))
+            with path.open("wb") as file, record.progress(f"download {path.name}", size, "B") as progress:
+                # Undecoded: some servers declare a .gz file as gzip-encoded, and decoding would unpack it.
+                for chunk in response.raw.stream(_CHUNK, decode_content=False):
+                    file.write(chunk)
+                    progress.update(len(chunk))
+    except (requests.RequestException, HTTPError) as error:
+        raise DiffstillError(f"{url}: cannot be downloaded ({error}); check `prepare.location`, or name a folder that has the files") from error
 
 
 # --- the source that is a folder ---------------------------------------------------------------------------------
@@ -369,79 +550,150 @@ def _agreed_classes(root: Path, folders: Mapping[str, str], wanted: tuple[str, .
     return classes
 
 
-def _list_class(root: Path, origin: str, sub: str, name: str, label: int) -> tuple[list[_File], int]:
+def _list(root: Path, folders: Mapping[str, str], classes: tuple[str, ...], record: Record) -> _Listing:
+    """The image files of all classes in all splits, by class and name. Names, sizes and times of change make the fingerprint."""
+    names: list[str] = []
+    counts: list[int] = []
+    seen, ignored = hashlib.sha256(), 0
+    with record.progress("list", len(folders) * len(classes), "folder") as progress:
+        for sub in folders.values():
+            ignored += len(_visible(root / sub, folders=False))
+            for name in classes:
+                images, others = _list_class(root / sub / name, name)
+                names += [f"{sub}/{name}/{image.name}" for image in images]
+                counts.append(len(images))
+                ignored += others
+                seen.update("".join([f"{sub}/{name}\n", *map(_stamp, images)]).encode(errors="surrogateescape"))
+                progress.update()
+    labels = np.repeat(np.tile(np.arange(len(classes)), len(folders)), counts)
+    origin = np.repeat(np.repeat(list(folders), len(classes)), counts)
+    return _Listing(classes, labels, origin, names, seen.hexdigest(), ignored)
+
+
+def _list_class(place: Path, name: str) -> tuple[list[os.DirEntry[str]], int]:
     """The image files of one class in one split, sorted by name, and how many other files lie beside them."""
-    place = root / sub / name
-    nested = _visible(place, folders=True)
+    with os.scandir(place) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    nested = next((entry.name for entry in entries if entry.is_dir()), None)
     if nested:
         raise DiffstillError(
-            f"{place}: holds the folder {nested[0]!r}, but images must lie directly in their class folder; move them up, or hide it; {LAYOUT}"
+            f"{place}: holds the folder {nested!r}, but images must lie directly in their class folder; move them up, or hide it; {LAYOUT}"
         )
-    entries = _visible(place, folders=False)
-    images = [entry for entry in entries if Path(entry).suffix.lower() in SUFFIXES]
+    images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     if not images:
         raise DiffstillError(
             f"{place}: class {name!r} has no image there (suffixes {' '.join(sorted(SUFFIXES))}); add images, "
             "or list the classes to keep in `prepare.classes`"
         )
-    return [_File(place / image, f"{sub}/{name}/{image}", origin, label) for image in images], len(entries) - len(images)
+    return images, len(entries) - len(images)
 
 
-def _decode_all(files: Sequence[_File], config: PrepareConfig, record: Record) -> tuple[Pixels, list[_File], tuple[Rejected, ...]]:
-    """Pixels and files of the readable images, and the rest. One full-size image is in memory at a time."""
-    pixels = np.empty((len(files), config.channels or 3, config.side, config.side), np.uint8)
-    kept: list[_File] = []
-    rejected: list[Rejected] = []
-    all_grey = True
-    with record.progress("prepare", len(files), "img") as progress, _lifted_pillow_limit():
-        for file in files:
-            try:
-                image = decode(file.path, config.side, config.max_pixels)
-            except _BAD_IMAGE as error:
-                rejected.append(Rejected(file.name, _reason(error)))
-            else:
-                all_grey &= image.mode == "L"
-                pixels[len(kept)] = _planes(image, pixels.shape[1])
-                kept.append(file)
-            progress.update()
-    grey = config.channels is None and all_grey
-    return pixels[: len(kept), : 1 if grey else None], kept, tuple(rejected)
-
-
-def _planes(image: Image.Image, channels: int) -> Pixels:
-    """An L or RGB image as (channels, height, width)."""
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
-
-
-@contextmanager
-def _lifted_pillow_limit() -> Iterator[None]:
-    """Pillow's own limit on pixels must not cut in below `prepare.max_pixels`."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+def _stamp(file: os.DirEntry[str]) -> str:
+    """A line that changes when the file does."""
     try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        found = file.stat()
+    except OSError:  # a link to nowhere, which reading will reject
+        found = file.stat(follow_symlinks=False)
+    return f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n"
 
 
-def _reason(error: Exception) -> str:
-    """Why a file was rejected, free of the absolute paths that Pillow and the system put into their messages."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"not a readable image ({', '.join(FORMATS)})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+# --- ImageNet's subsets ------------------------------------------------------------------------------------------
 
 
-def _refuse_many_bad(root: Path, rejected: Sequence[Rejected], total: int, config: PrepareConfig) -> None:
-    if len(rejected) / total > config.max_bad_fraction:
-        shown = "; ".join(f"{bad.file}: {bad.reason}" for bad in rejected[:_SHOWN])
-        more = f"; and {len(rejected) - _SHOWN} more" if len(rejected) > _SHOWN else ""
+def _imagenet_root(location: str, record: Record) -> Path:
+    """The folder with train/ and val/, unpacked from an archive if `location` names one."""
+    path = Path(location).expanduser()
+    root = _unpacked(location, record) if _is_url(location) or path.is_file() else path
+    if not root.is_dir():
+        raise DiffstillError(f"{root}: does not exist, but `prepare.location` names it; {IMAGENET_LAYOUT}")
+    for sub in ("train", "val"):
+        if not (root / sub).is_dir():
+            held = _shortened([entry.name for entry in sorted(root.iterdir())])
+            raise DiffstillError(f"{location}: has no folder {sub}/, it holds {held or 'nothing'}; {IMAGENET_LAYOUT}")
+    flat = [name for name in _visible(root / "val", folders=False) if name.startswith(VALIDATION_IMAGE)]
+    if flat:
         raise DiffstillError(
-            f"{root}: {len(rejected)} of {total} image files cannot be used, above `prepare.max_bad_fraction` {config.max_bad_fraction:g} "
-            f"({shown}{more}); remove these files or raise `prepare.max_bad_fraction`"
+            f"{root}/val: holds {len(flat):,} images directly, such as {flat[0]}, where each class needs a folder; move every image into val/<wnid>/ "
+            "(the list LOC_val_solution.csv of Kaggle's copy of ImageNet names the wnid of each, and the well-known script valprep.sh sorts them)"
         )
+    return root
+
+
+def _refuse_lacking(place: Path, classes: Sequence[str], source: str) -> None:
+    lacking = [f"{name} ({title_of(name)})" for name in classes if not (place / name).is_dir()]
+    if lacking:
+        raise DiffstillError(
+            f"{place}: lacks {len(lacking)} of the {len(classes)} classes of {source}: {_shortened(lacking)}; "
+            "name a location that has them, or list the classes to keep in `prepare.classes`"
+        )
+
+
+def _provenance(root: Path, listing: _Listing) -> tuple[str, str | None]:
+    """What the test split is, and what is wrong with it, by the names of the files."""
+    validation = np.array([_is_validation_image(root, name) for name in listing.names])
+    test = listing.origin == "test"
+    if np.array_equal(validation, test):
+        return "the folder val/, ImageNet's own validation images, as in the literature", None
+    split = "the folder val/ of a re-split, as in fastai's archives: not the literature's, whose test images are ImageNet's validation images"
+    seen, count = int((test & ~validation).sum()), int(test.sum())
+    leakage = (
+        f"{seen} of {count} test images ({seen / count:.0%}) are training images of ImageNet, which a generator pre-trained on ImageNet has seen: "
+        "scores on them are too good, and not comparable with the literature's"
+    )
+    return split, leakage if seen else None
+
+
+def _is_validation_image(root: Path, name: str) -> bool:
+    _, wnid, file = name.split("/")
+    if file.startswith(VALIDATION_IMAGE):
+        return True
+    if file.startswith(f"{wnid}_"):
+        return False
+    raise DiffstillError(
+        f"{root}/{name}: its name does not tell whether it is one of ImageNet's training images ({wnid}_*) or validation images "
+        f"({VALIDATION_IMAGE}*), so the split cannot be told; restore the original names, or use `source: folder`"
+    )
+
+
+def _unpacked(location: str, record: Record) -> Path:
+    """The files of an archive, in the cache: whole or absent."""
+    path = Path(location).expanduser()
+    key = hashlib.sha256(location.encode()).hexdigest() if _is_url(location) else file_digest(path)
+    unpacked = cache_folder() / "archives" / key[:16]
+    unpacked.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(unpacked.with_suffix(".lock")):
+        if not unpacked.is_dir():
+            with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=unpacked.parent) as scratch:
+                if _is_url(location):
+                    path = Path(scratch) / Path(location).name
+                    with _session() as session:
+                        _stream(session, location, path, record)
+                _extract(path, location, Path(scratch) / "files", record)
+                (Path(scratch) / "files").rename(unpacked)
+    inside = [entry for entry in unpacked.iterdir() if entry.is_dir()]
+    return inside[0] if len(inside) == 1 else unpacked
+
+
+def _extract(archive: Path, location: str, target: Path, record: Record) -> None:
+    """Unpack a .tgz file. Raises `DiffstillError` if it is damaged, or holds anything that leads outside of `target`."""
+    target.mkdir()
+    size = archive.stat().st_size
+    try:
+        with archive.open("rb") as packed, gzip.open(packed) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            with record.progress(f"unpack {archive.name}", size, "B") as progress:
+                done = 0
+                for member in tar:
+                    tar.extract(member, target, filter="data")
+                    progress.update(packed.tell() - done)
+                    done = packed.tell()
+            while stream.read(_CHUNK):  # to the checksum at the end
+                pass
+    except tarfile.FilterError as error:
+        raise DiffstillError(
+            f"{location}: holds what no archive of images needs, nothing of it was kept ({error}); get it from its makers"
+        ) from error
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DiffstillError(f"{location}: not a whole .tgz archive ({error}); fetch it anew") from error
 
 
 # --- one image ---------------------------------------------------------------------------------------------------

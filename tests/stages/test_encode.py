@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from chains import Chain
+from chains import Chain, contents
 from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact, read_shards, to_unit, write_shards
 from diffstill.config import EncodeConfig
 from diffstill.networks import load_generator
@@ -76,3 +83,154 @@ def test_an_earlier_artifact_survives_a_failure(tiny_chain: Chain, tmp_path: Pat
     with pytest.raises(ValueError, match=shard.name):
         encode(tiny_chain.params.encode, images=tmp_path / "images", generator=tiny_chain.artifacts / "generator", latents=tmp_path / "latents")
     assert open_artifact(tmp_path / "latents", "latents").digest == before
+
+
+# --- against the plain way ---------------------------------------------------------------------------------------
+
+
+def in_memory(config: EncodeConfig, images: Artifact, generator: Path, folder: Path) -> Path:
+    """All images and all moments at once: what streaming must give, byte for byte."""
+    opened, folder = load_generator(generator), folder / "in memory"
+    folder.mkdir()
+    for split in ("train", "val"):
+        pixels, labels = load_split(images, split)
+        means, stds = [], []
+        for piece in range(0, len(pixels), config.shard_size):
+            own = pixels[piece : piece + config.shard_size]
+            for start in range(0, len(own), config.batch_size):
+                batch = torch.from_numpy(to_unit(own[start : start + config.batch_size]))
+                with torch.no_grad():
+                    views = [opened.encode(view) for view in ((batch, batch.flip(-1)) if images.facts["flip"] else (batch,))]
+                means.append(torch.stack([mean for mean, _ in views], 1).half().numpy())
+                stds.append(torch.stack([std for _, std in views], 1).half().numpy())
+        write_shards(folder, split, {"mean": np.concatenate(means), "std": np.concatenate(stds), "labels": labels}, config.shard_size)
+    return folder
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in contents(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(("batch_size", "shard_size"), [(32, 96), (17, 50), (100, 7), (500, 500)])
+def test_streaming_gives_the_bytes_of_the_plain_way(tiny_chain: Chain, tmp_path: Path, batch_size: int, shard_size: int) -> None:
+    config, generator = EncodeConfig(batch_size=batch_size, shard_size=shard_size), tiny_chain.artifacts / "generator"
+    metrics = encode(config, images=tiny_chain.artifacts / "images", generator=generator, latents=tmp_path / "latents")
+    plain = in_memory(config, open_artifact(tiny_chain.artifacts / "images", "images"), generator, tmp_path)
+    assert shards(tmp_path / "latents") == shards(plain)
+    facts = open_artifact(tmp_path / "latents", "latents").facts
+    mean = read_shards(plain, "train")["mean"].astype(np.float64)
+    assert metrics["latent_std"] == pytest.approx(mean.std() * facts["scaling_factor"], rel=1e-9)
+
+
+def test_both_flips_stream_too(tiny_chain: Chain, tmp_path: Path) -> None:
+    images, config = flippable(tiny_chain, tmp_path / "images"), EncodeConfig(batch_size=3, shard_size=4)
+    encode(config, images=images.folder, generator=tiny_chain.artifacts / "generator", latents=tmp_path / "latents")
+    assert shards(tmp_path / "latents") == shards(in_memory(config, images, tiny_chain.artifacts / "generator", tmp_path))
+
+
+def test_bf16_rounds_and_is_no_other_result(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = tiny_chain.params.encode.model_copy(update={"precision": "bf16"})
+    encode(config, images=tiny_chain.artifacts / "images", generator=tiny_chain.artifacts / "generator", latents=tmp_path / "latents")
+    exact, rounded = (read_shards(folder, "train") for folder in (tiny_chain.artifacts / "latents", tmp_path / "latents"))
+    assert np.array_equal(exact["labels"], rounded["labels"])
+    for name in ("mean", "std"):
+        assert rounded[name].dtype == np.float16
+        difference = np.abs(exact[name].astype(np.float32) - rounded[name].astype(np.float32))
+        assert 0 < difference.max() < 0.05 * np.abs(exact[name]).max()  # bf16 keeps eight bits
+
+
+# --- killed and resumed ------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from diffstill.config import EncodeConfig
+from diffstill.stages import encode
+
+whole = encode._moments
+def slowly(*given, **named):
+    time.sleep(0.05)
+    return whole(*given, **named)
+encode._moments = slowly
+encode.encode(EncodeConfig.model_validate_json(sys.argv[1]), images=Path(sys.argv[2]), generator=Path(sys.argv[3]), latents=Path(sys.argv[4]))
+"""
+
+
+class Bar:
+    """Remembers how bars were opened, counts, and raises after `last` images."""
+
+    def __init__(self, last: float = float("inf")) -> None:
+        self.opened: list[tuple[object, ...]] = []
+        self.done, self.last = 0, last
+
+    @contextmanager
+    def progress(self, *opened: object) -> Iterator[Bar]:
+        self.opened.append(opened)
+        yield self
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        if self.done > self.last:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_where_it_was_with_the_same_bytes(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = EncodeConfig(batch_size=8, shard_size=16)
+    inputs = {name: tiny_chain.artifacts / name for name in ("images", "generator")}
+    command = [sys.executable, "-c", SLOW, config.model_dump_json(), str(inputs["images"]), str(inputs["generator"]), str(tmp_path / "latents")]
+    with subprocess.Popen(command) as running:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "work").glob("encode-*/*.safetensors"))) < 3:
+            assert running.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "latents").exists()
+    kept, bar = len(list((tmp_path / "work").glob("encode-*/*.safetensors"))), Bar()
+    metrics = encode(config, **inputs, latents=tmp_path / "latents", record=bar)
+    ((_, total, _, done),) = bar.opened
+    assert (done, bar.done) == (16 * kept, total - 16 * kept)
+    assert metrics["encoded"] == total
+    plain = in_memory(config, open_artifact(inputs["images"], "images"), inputs["generator"], tmp_path)
+    assert shards(tmp_path / "latents") == shards(plain)
+    assert list((tmp_path / "work").glob("encode-*/*")) == []
+
+
+def test_an_interrupted_shard_goes_on_by_itself(tiny_chain: Chain, tmp_path: Path) -> None:
+    config = EncodeConfig(batch_size=8, shard_size=16)
+    inputs = {name: tiny_chain.artifacts / name for name in ("images", "generator")}
+    parts = [tmp_path / f"part-{number}" for number in range(2)]
+    for number, part in enumerate(parts):
+        with pytest.raises(KeyboardInterrupt):
+            encode(config, **inputs, latents=part, shard=f"{number}/2", record=Bar(last=40))
+    for number, part in enumerate(parts):
+        bar = Bar()
+        encode(config, **inputs, latents=part, shard=f"{number}/2", record=bar)
+        assert bar.opened[0][3] == 32
+    encode(config, **inputs, latents=tmp_path / "latents", parts=parts)
+    encode(config, **inputs, latents=tmp_path / "undisturbed")
+    assert contents(tmp_path / "latents") == contents(tmp_path / "undisturbed")
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tiny_chain: Chain, tmp_path: Path) -> None:
+    """An image's pixels are 64 bytes, its moments 256; all that may grow is a label or two of 8 bytes."""
+    source = open_artifact(tiny_chain.artifacts / "images", "images")
+
+    def peak(images: int) -> int:
+        with new_artifact(tmp_path / "images", "images", tiny_chain.params.prepare, {}) as draft:
+            for split in ("train", "val"):
+                write_shards(draft.folder, split, {"pixels": np.zeros((images, 1, 8, 8), np.uint8), "labels": np.zeros(images, np.int64)}, 200)
+            draft.facts |= source.facts
+        tracemalloc.start()
+        encode(
+            EncodeConfig(batch_size=200, shard_size=200),
+            images=tmp_path / "images",
+            generator=tiny_chain.artifacts / "generator",
+            latents=tmp_path / "latents",
+        )
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    small = peak(1000)
+    assert (peak(5000) - small) / 4000 < 40

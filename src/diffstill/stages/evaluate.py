@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from diffstill.artifacts import Artifact, WorkFolder, load_split, new_artifact, open_artifact, refuse_foreign
+from diffstill.artifacts import Artifact, Rows, WorkFolder, load_split, new_artifact, open_artifact, refuse_foreign
 from diffstill.config import EvaluateConfig
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol, protocol
@@ -156,7 +156,8 @@ def _baselines(config: EvaluateConfig, judge: _Judge) -> list[_Source]:
         _refuse_scarce(config, judge)
         sources.append(_Source("random", config.images_per_class, config.random_seeds, partial(_random, judge.train, judge.classes)))
     if "full" in config.baselines:
-        sources.append(_Source("full", (None,), (None,), lambda _size, _seed: judge.train))
+        whole = judge.train[0][:], judge.train[1]
+        sources.append(_Source("full", (None,), (None,), lambda _size, _seed: whole))
     return sources
 
 
@@ -169,7 +170,7 @@ def _refuse_scarce(config: EvaluateConfig, judge: _Judge) -> None:
             )
 
 
-def _random(train: TrainingSet, classes: int, size: int | None, seed: int | None) -> TrainingSet:
+def _random(train: tuple[Rows | Pixels, Labels], classes: int, size: int | None, seed: int | None) -> TrainingSet:
     """`size` random real images of each class: the head of a permutation per (seed, class), so that smaller sets lie in larger ones."""
     pixels, labels = train
     own = [np.flatnonzero(labels == label) for label in range(classes)]
@@ -204,7 +205,8 @@ def _runs(config: EvaluateConfig, sources: list[_Source], students: tuple[str, .
 class _Judge:
     """What all students of one command share: the real images, their statistics and the recipe."""
 
-    train: TrainingSet
+    train: tuple[Rows, Labels]
+    """Pixels are read when a training set is drawn."""
     val: TrainingSet
     test: TrainingSet
     facts: Mapping[str, Any]
@@ -216,8 +218,10 @@ class _Judge:
 
     @classmethod
     def of(cls, config: EvaluateConfig, images: Artifact, device: str) -> _Judge:
-        train, val, test = (load_split(images, split) for split in ("train", "val", "test"))
-        return cls(train, val, test, images.facts, images.digest, pixel_statistics(train[0]), protocol(config.protocol), config.evaluations, device)
+        val, test = (load_split(images, split) for split in ("val", "test"))
+        pixels, labels = Rows(images.folder, "train", "pixels"), Rows(images.folder, "train", "labels")[:]
+        statistics = pixel_statistics(pixels[:])
+        return cls((pixels, labels), val, test, images.facts, images.digest, statistics, protocol(config.protocol), config.evaluations, device)
 
     @property
     def classes(self) -> int:

@@ -4,43 +4,83 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from diffstill.artifacts import new_artifact, write_shards
+from diffstill.artifacts import WorkFolder, new_artifact, read_ahead, refuse_foreign
 from diffstill.config import PrepareConfig
-from diffstill.datasets import Dataset, load
+from diffstill.datasets import Dataset, Rejected, load, read_pieces, refuse_emptied, refuse_many_bad
+from diffstill.imagenet import title_of
 from diffstill.record import Record, ignore
+
+REJECTED = "rejected"
 
 
 def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, record: Record = ignore) -> dict[str, float]:
     """Write the `images` artifact: shards of train, val and test, the class map and the list of rejected files.
 
-    The data lie in `data` where that is given, else where `config.location` says. Returns the number of images per
-    split and of rejected files. Raises `DiffstillError` on data that break a rule;
-    an earlier artifact at `images` is left as it was then.
+    The data lie in `data` where that is given, else where `config.location` says. Finished shards of a killed run are
+    kept, as long as names, sizes and times of the files stay the same. Returns the number of images per split and of
+    rejected files. Raises `DiffstillError` on data that break a rule; an earlier artifact at `images` is left as it was then.
     """
-    with new_artifact(images, "images", config, {}) as draft:
-        dataset = load(config.model_copy(update={"location": str(data)}) if data else config, record)
-        for name, split in dataset.splits.items():
-            write_shards(draft.folder, name, {"pixels": split.pixels, "labels": split.labels}, config.shard_size)
-        _write_json(draft.folder / "classes.json", [{"name": name, "label": label} for label, name in enumerate(dataset.classes)])
-        _write_json(draft.folder / "rejected.json", [dataclasses.asdict(rejected) for rejected in dataset.rejected])
-        draft.facts.update(_facts(dataset, config))
-    return {f"{name}_images": float(len(split.labels)) for name, split in dataset.splits.items()} | {"rejected": float(len(dataset.rejected))}
+    refuse_foreign(images, "images")
+    dataset = load(config.model_copy(update={"location": str(data)}) if data else config, record)
+    with WorkFolder("prepare", config.model_copy(update={"max_bad_fraction": 0.0}), {}, dataset.fingerprint) as work:
+        rejected = _read_all(dataset, config, work, record)
+        refuse_emptied(dataset, rejected)
+        with new_artifact(images, "images", config, {}) as draft:
+            for piece in dataset.pieces(config.shard_size):
+                work.place(piece.name, draft.folder)
+            _write_json(draft.folder / "classes.json", [_described(name, label) for label, name in enumerate(dataset.classes)])
+            listed = [Rejected(dataset.names[row], rejected[row]) for row in sorted(rejected)]
+            _write_json(draft.folder / "rejected.json", [dataclasses.asdict(one) for one in listed])
+            draft.facts.update(_facts(dataset, rejected, config))
+        work.clear()
+    counts = dataset.counts(rejected)
+    return {f"{split}_images": float(sum(own.values())) for split, own in counts.items()} | {"rejected": float(len(rejected))}
 
 
-def _facts(dataset: Dataset, config: PrepareConfig) -> dict[str, Any]:
+def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record: Record) -> dict[int, str]:
+    """Keep every piece in `work`; the rejected images. Two pieces are in memory at a time."""
+    pieces = dataset.pieces(config.shard_size)
+    left = [piece for piece in pieces if not work.holds(piece.name)]
+    finished = {piece.name for piece in pieces} - {piece.name for piece in left}
+    rejected = {int(row): reason for line in work.lines(REJECTED) if line["piece"] in finished for row, reason in line["rejected"].items()}
+    refuse_many_bad(dataset, rejected, config.max_bad_fraction)
+    total = len(dataset.labels)
+    done = total - sum(len(piece.rows) for piece in left)
+    with (
+        record.progress("prepare", total, "img", done) as progress,
+        closing(read_ahead(read_pieces(dataset, left, config.side, progress))) as reading,
+    ):
+        for read in reading:
+            if read.rejected:  # noted before its piece, whose presence says that both are kept
+                work.append(REJECTED, {"piece": read.piece.name, "rejected": read.rejected})
+            work.save(read.piece.name, {"pixels": read.pixels, "labels": read.labels})
+            rejected |= read.rejected
+            refuse_many_bad(dataset, rejected, config.max_bad_fraction)
+    return rejected
+
+
+def _described(name: str, label: int) -> dict[str, Any]:
+    """A line of the class map; ImageNet's classes, whose names are wnids, have a title in words."""
+    title = title_of(name)
+    return {"name": name, "label": label} | ({"title": title} if title else {})
+
+
+def _facts(dataset: Dataset, rejected: dict[int, str], config: PrepareConfig) -> dict[str, Any]:
     return {
         "source": config.source,
         "classes": list(dataset.classes),
         "side": config.side,
         "channels": dataset.channels,
         "flip": config.flip,
-        "counts": dataset.counts(),
+        "counts": dataset.counts(rejected),
         "split": dataset.division,
-        "rejected": len(dataset.rejected),
+        "rejected": len(rejected),
         "ignored": dataset.ignored,
+        **({"leakage": dataset.leakage} if dataset.leakage else {}),
     }
 
 
