@@ -99,7 +99,9 @@ class Experiment:
         return self.root / name
 
 
-def write_images(folder: Path, classes: Sequence[str] = CLASSES, side: int = 8, channels: int = 1, config: PrepareConfig | None = None) -> None:
+def write_images(
+    folder: Path, classes: Sequence[str] = CLASSES, side: int = 8, channels: int = 1, config: PrepareConfig | None = None, leakage: str = ""
+) -> None:
     config, draws = config or PrepareConfig(), np.random.default_rng(0)
     counts = {"train": 6, "val": 2, "test": 3}
     with new_artifact(folder, "images", config, {}) as draft:
@@ -108,6 +110,7 @@ def write_images(folder: Path, classes: Sequence[str] = CLASSES, side: int = 8, 
             pixels = draws.integers(0, 256, (len(labels), channels, side, side), dtype=np.uint8)
             write_shards(draft.folder, split, {"pixels": pixels, "labels": labels.astype(np.int64)}, 4096)
         draft.facts |= {"source": config.source, "classes": list(classes), "side": side, "channels": channels, "flip": False}
+        draft.facts |= {"leakage": leakage} if leakage else {}
         draft.facts["counts"] = {split: dict.fromkeys(classes, count) for split, count in counts.items()}
 
 
@@ -149,12 +152,14 @@ def make_experiment(
     seeds: Sequence[int] = (0, 1, 2),
     per_class: int = 2,
     draw: int = 0,
+    weights_licence: str = "",
+    leakage: str = "",
 ) -> Experiment:
     """All artifacts up to the two sampled sets; equal arguments give equal bytes."""
     made = Experiment(root)
-    write_images(made.paths["images"], classes, side, channels, data)
+    write_images(made.paths["images"], classes, side, channels, data, leakage)
     with new_artifact(made.paths["generator"], "generator", PretrainConfig(), made.opened("images")) as draft:
-        draft.facts["classes"] = list(classes)
+        draft.facts |= {"classes": list(classes)} | ({"licence": weights_licence} if weights_licence else {})
     with new_artifact(made.paths["latents"], "latents", EncodeConfig(), made.opened("images", "generator")) as draft:
         draft.facts["classes"] = list(classes)
     write_denoiser(made.paths["denoiser"], policy, tunes, made.opened("latents", "generator"))

@@ -311,7 +311,7 @@ def test_help_lists_every_command():
         assert f"  {name} " in stdout
         assert command.get_short_help_str()
     versions = {"list", "search", "card", "download", "export", "lineage", "compare", "reproduce", "promote", "deprecate"}
-    assert set(main.commands) == {*STAGES, *versions, "run", "summary", "show", "schema", "preset", "doctor", "completion"}
+    assert set(main.commands) == {*STAGES, *versions, "run", "merge", "summary", "show", "schema", "preset", "doctor", "completion"}
 
 
 def test_version():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffstill.diffusion import add_noise, denoising_loss, drop_labels, guided, predicted_clean, sample_latents
+from diffstill.diffusion import add_noise, denoising_loss, drop_labels, guided, predicted_clean, sample_latents, variational_loss
 
 
 def test_predicted_clean_inverts_add_noise() -> None:
@@ -37,6 +37,55 @@ def test_noise_keeps_unit_variance() -> None:
 def test_denoising_loss_is_the_mean_over_all_elements() -> None:
     eps_theta, eps = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[0.0, -1.0]]]])
     assert denoising_loss(eps_theta, eps).item() == pytest.approx((1 + 9) / 2)
+
+
+ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
+
+
+def slow_variational_bits(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> float:
+    """Element by element, from DDPM's equations 6, 7 and 13 and the interpolated variance of Improved DDPM, eq. 15."""
+    abar, bits = [1.0, *ABAR.tolist()], []  # abar[0] belongs to the clean latent, abar[t + 1] to timestep t
+    for n, step in enumerate(t.tolist()):
+        now, before = abar[step + 1], abar[step]
+        beta = 1 - now / before
+        later = abar[3], abar[2], abar[1]
+        posterior = beta * (1 - before) / (1 - now) if step else (1 - abar[2] / abar[1]) * (1 - later[2]) / (1 - later[1])
+        for eps, v, clean, noisy in zip(*(one.flatten().tolist() for one in (*output[n].chunk(2), x0[n], x_t[n])), strict=True):
+            guess = (noisy - math.sqrt(1 - now) * eps) / math.sqrt(now)
+            mean, predicted = ((math.sqrt(before) * beta * x + math.sqrt(1 - beta) * (1 - before) * noisy) / (1 - now) for x in (clean, guess))
+            variance = math.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(posterior))
+            if step:
+                nats = 0.5 * (math.log(variance / posterior) + (posterior + (mean - predicted) ** 2) / variance - 1)
+            else:
+                above, below = (0.5 * (1 + math.erf((clean - predicted + side / 255) / math.sqrt(2 * variance))) for side in (1, -1))
+                chance = above if clean < -0.999 else 1 - below if clean > 0.999 else above - below
+                nats = -math.log(max(chance, 1e-12))
+            bits.append(nats / math.log(2))
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize("t", [[1, 2, 500, 999], [0, 0, 0, 7]])
+def test_the_variational_term_is_that_of_the_equations(t: list[int]) -> None:
+    draws = torch.Generator().manual_seed(3)
+    x0 = torch.randn(4, 2, 2, 2, generator=draws, dtype=torch.float64)
+    eps, steps = torch.randn(x0.shape, generator=draws, dtype=torch.float64), torch.tensor(t)
+    x_t = add_noise(x0, eps, ABAR[steps])
+    output = torch.cat([eps + 0.01 * torch.randn(x0.shape, generator=draws), torch.rand(x0.shape, generator=draws) * 2 - 1], dim=1)
+    assert variational_loss(output, x0, x_t, steps, ABAR).item() == pytest.approx(slow_variational_bits(output, x0, x_t, steps), rel=1e-6)
+
+
+def test_the_variational_term_teaches_the_variance_alone_and_is_least_where_it_is_right() -> None:
+    draws = torch.Generator().manual_seed(4)
+    x0, eps = torch.randn(2, 2000, 1, 1, 1, generator=draws, dtype=torch.float64)
+    steps = torch.full((2000,), 300)
+    x_t = add_noise(x0, eps, ABAR[steps])
+    output = torch.cat([eps, torch.zeros_like(eps)], dim=1).requires_grad_()
+    variational_loss(output, x0, x_t, steps, ABAR).backward()
+    assert output.grad is not None
+    assert output.grad[:, :1].abs().max() == 0 < output.grad[:, 1:].abs().min()
+    at = {v: variational_loss(torch.cat([eps, torch.full_like(eps, v)], dim=1), x0, x_t, steps, ABAR).item() for v in (-1.0, 0.0, 1.0)}
+    assert at[-1.0] == pytest.approx(0, abs=1e-9)  # the noise is known, so the variance is that of the posterior
+    assert at[-1.0] < at[0.0] < at[1.0]
 
 
 def test_drop_labels_touches_only_the_dropped() -> None:

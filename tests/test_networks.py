@@ -9,20 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from chains import contents
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
+    LABEL_ROWS,
+    LABEL_TABLE,
     DiTPipeline,
     DiTTransformer2DModel,
     Generator,
+    add_labels,
     add_scales,
     apply_delta,
     build_scheduler,
     build_transformer,
     build_vae,
     choose_trainable,
+    fold_scales,
     load_generator,
+    moved_labels,
     save_generator,
+    take_delta,
 )
 
 PRETRAIN = Params.model_validate_json(
@@ -69,9 +76,11 @@ def test_the_stock_pipeline_opens_the_folder_and_samples(generator: Generator, t
     assert torch.equal(pipeline.transformer(batch()[0], timestep=batch()[1], class_labels=batch()[2]).sample, generator.predict(*batch()))
 
 
-def test_no_paths_in_the_saved_folder(generator: Generator, tmp_path: Path) -> None:
-    save_generator(generator, tmp_path, ["a", "b", "c"])
+def test_no_paths_in_the_saved_folder_and_saved_again_it_is_the_same(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "one", ["a", "b", "c"])
+    save_generator(load_generator(tmp_path / "one"), tmp_path / "two", ["a", "b", "c"])
     assert str(tmp_path) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_one_embedder_is_shared_and_counts_once(generator: Generator) -> None:
@@ -97,6 +106,35 @@ def test_frequency_shift_changes_only_the_timestep_frequencies(generator: Genera
     frequencies = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(128) / 128)  # original DiT: exponent k / half
     angles = t[:, None] * frequencies
     torch.testing.assert_close(embedder(t), torch.cat([angles.cos(), angles.sin()], dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_folder_says_which_frequencies_its_weights_want(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "stock", ["a", "b", "c"])
+    save_generator(load_generator(tmp_path / "stock", frequency_shift=0.0), tmp_path / "original", ["a", "b", "c"])
+    assert not (tmp_path / "stock" / "README.md").exists()
+    assert "downscale_freq_shift = 0" in (tmp_path / "original" / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_new_labels_stand_before_the_null_row_and_change_no_other(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "three", ["a", "b", "c"])
+    opened = load_generator(tmp_path / "three", frequency_shift=0.0)
+    wider = Generator(add_labels(opened.transformer, [None, 1]), opened.vae, SCHEDULE, labels=[4, 0, 3])
+    save_generator(wider, tmp_path / "five", ["a", "b", "c", "d", "e"])
+    again = load_generator(tmp_path / "five", frequency_shift=0.0)
+    assert wider.null_label == again.null_label == 5
+    assert wider.frequency_shift == 0
+    table = again.transformer.state_dict()[LABEL_TABLE]
+    old = opened.transformer.state_dict()[LABEL_TABLE]
+    torch.testing.assert_close(table, torch.stack([*old[:3], old[:3].mean(dim=0), old[1], old[3]]))
+    x, t, labels = batch()
+    for network in (wider, again):
+        assert torch.equal(network.predict(x, t, labels.where(labels < 3, 5)), opened.predict(x, t, labels))
+        assert torch.equal(network.predict(x, t, torch.full_like(labels, 4)), opened.predict(x, t, torch.full_like(labels, 1)))
+    assert wider.labels_of(torch.tensor([0, 1, 2, 0])).tolist() == [4, 0, 3, 4]
+    drawn = wider.draw([0], [torch.Generator().manual_seed(0)], sampler="ddim", steps=2, guidance=2.0)
+    same = again.draw([4], [torch.Generator().manual_seed(0)], sampler="ddim", steps=2, guidance=2.0)
+    assert torch.equal(drawn, same)
 
 
 def test_difffit_starts_as_the_identity_and_counts(generator: Generator, tmp_path: Path) -> None:
@@ -129,10 +167,73 @@ def test_a_delta_carries_the_change_over(generator: Generator, tmp_path: Path) -
     with torch.no_grad():
         for weight in chosen.values():
             weight.add_(0.1)
-    apply_delta(fresh, {name: weight.detach().clone() for name, weight in chosen.items()})
+    delta = take_delta({name: weight.detach() for name, weight in chosen.items()}, [0, 1, 2, 3])
+    apply_delta(fresh, delta)
     x, t, labels = batch()
     assert torch.equal(trained(x, timestep=t, class_labels=labels).sample, fresh(x, timestep=t, class_labels=labels).sample)
     assert not torch.equal(fresh(x, timestep=t, class_labels=labels).sample, generator.predict(x, t, labels))
+
+
+def test_a_delta_holds_the_rows_of_its_classes_alone(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    opened = load_generator(tmp_path, labels=[2, 0])
+    chosen = choose_trainable(opened.transformer, "difffit")
+    before = chosen[LABEL_TABLE].detach().clone()
+    assert moved_labels(opened, 2) == [0, 2, 3]
+    delta = take_delta({name: weight.detach() + 1 for name, weight in chosen.items()}, moved_labels(opened, 2))
+    assert delta[LABEL_TABLE].shape == (3, 32)
+    apply_delta(opened.transformer, delta)
+    torch.testing.assert_close(dict(opened.transformer.named_parameters())[LABEL_TABLE], before + torch.tensor([[1.0], [0.0], [1.0], [1.0]]))
+    for rows in ([0, 1, 9], [0, 1]):  # a row that is not there, and not as many as values
+        with pytest.raises(DiffstillError, match="does not fit this generator"):
+            apply_delta(load_generator(tmp_path).transformer, delta | {LABEL_ROWS: torch.tensor(rows)})
+
+
+@torch.no_grad()
+def test_folded_scales_compute_the_same_in_the_stock_class(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "a", ["a", "b", "c"])
+    opened = load_generator(tmp_path / "a")
+    add_scales(opened.transformer)
+    draws = torch.Generator().manual_seed(0)
+    for name, weight in opened.transformer.named_parameters():
+        if name.endswith("difffit_scale"):
+            weight.copy_(1 + 0.3 * torch.randn(weight.shape, generator=draws))
+    expected = opened.predict(*batch())
+    fold_scales(opened.transformer)
+    assert not any(name.endswith("difffit_scale") for name, _ in opened.transformer.named_parameters())
+    save_generator(opened, tmp_path / "b", ["a", "b", "c"])
+    stock = DiTTransformer2DModel.from_pretrained(tmp_path / "b" / "transformer", low_cpu_mem_usage=False).eval()
+    x, t, labels = batch()
+    torch.testing.assert_close(stock(x, timestep=t, class_labels=labels).sample, expected)
+    assert not torch.allclose(expected, generator.predict(*batch()), atol=1e-3)
+
+
+@torch.no_grad()
+def test_bf16_rounds_what_is_not_trained_and_little_else(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    opened = load_generator(tmp_path)
+    chosen = choose_trainable(opened.transformer, "difffit")
+    fast = opened.accelerate("bf16")
+    output, expected = fast.predict(*batch()), generator.predict(*batch())
+    assert output.dtype == torch.float32
+    assert 0 < (output - expected).norm() / expected.norm() < 0.02
+    assert {weight.dtype for weight in chosen.values()} == {torch.float32}
+    assert {weight.dtype for name, weight in fast.transformer.named_parameters() if name.endswith("linear.weight")} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_and_recomputed_activations_give_the_same_gradients(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path, ["a", "b", "c"])
+    x, t, labels = batch()
+    gradients = {}
+    for name, options in {"plain": {}, "compiled": {"compiled": True}, "checkpointing": {"checkpointing": True}}.items():
+        opened = load_generator(tmp_path)
+        chosen = choose_trainable(opened.transformer, "difffit")
+        opened.accelerate("float32", **options).predict(x, t, labels).square().mean().backward()
+        gradients[name] = {parameter: weight.grad for parameter, weight in chosen.items()}
+    for name in ("compiled", "checkpointing"):
+        for parameter, expected in gradients["plain"].items():
+            torch.testing.assert_close(gradients[name][parameter], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_scales_multiply_each_of_their_places(generator: Generator, tmp_path: Path) -> None:

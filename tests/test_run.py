@@ -247,6 +247,36 @@ def test_a_folder_that_changed_outside_is_noticed(tmp_path, monkeypatch, caplog)
     assert contents(tmp_path / "images") != before
 
 
+def test_a_chain_reads_a_folder_again_only_where_its_files_have_changed(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="diffstill")
+    for label, shade in (("dark", 20), ("light", 220)):
+        for number in range(8):
+            path = tmp_path / "data" / "train" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + number).save(path)
+    params = changed(preset("tiny"), "prepare", source="folder", location="data", classes=None)
+    only = [step for step in chain(params) if step.stage == "prepare"]
+    monkeypatch.setattr("diffstill.run.chain", lambda _: only)
+
+    def again(params=params) -> bool:
+        caplog.clear()
+        run_chain(params, tmp_path / "artifacts")
+        return "prepare ..." in caplog.messages
+
+    assert [again(), again()] == [True, False]
+    os.utime(tmp_path / "data" / "train" / "dark" / "3.png", (1, 1))
+    assert [again(), again()] == [True, False]
+    Image.new("L", (8, 8), 90).save(tmp_path / "data" / "train" / "dark" / "9.png")
+    assert [again(), again()] == [True, False]
+    assert [again(changed(params, "prepare", seed=4)), again(changed(params, "prepare", seed=4))] == [True, False]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert again(changed(params, "prepare", seed=4, location="moved"))
+    shutil.rmtree(tmp_path / "artifacts")
+    run_stage("prepare", changed(params, "prepare", seed=5, location="moved").prepare, {"images": tmp_path / "artifacts" / "images"})
+    assert again(changed(params, "prepare", seed=4, location="moved"))  # others have written there meanwhile
+
+
 def test_a_chain_of_some_classes_is_refused_before_it_starts(tmp_path):
     with pytest.raises(DiffstillError, match=r"`sample.classes` is for `diffstill sample` alone"):
         run_chain(changed(preset("tiny"), "sample", classes=["1"]), tmp_path / "artifacts")

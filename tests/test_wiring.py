@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(diffstill.__file__).parent
 TRACKED_OTHERWISE = {"diffstill", "diffstill.stages", "diffstill.config", "diffstill.errors", "diffstill.record"}
 """No code dependencies in dvc.yaml: `config` is tracked value by value through params.yaml, and `errors` and `record` change no byte of an artifact."""
-WITHOUT_TESTS = {"__init__", "errors", "record", "torchvision_shim"}
+WITHOUT_TESTS = {"__init__", "__main__", "errors", "record", "torchvision_shim"}
 """Too small to go wrong alone; every other test runs them."""
 
 
@@ -199,13 +199,13 @@ def test_dvc_knows_the_code_of_each_stage(name, imports):
     """Exactly the modules that can change its bytes: one more would re-run it in vain, one less would leave it stale."""
     module = f"diffstill.stages.{re.split('[@-]', name)[0]}"
     needed = {f"src/{one.replace('.', '/')}.py" for one in reached(imports, module)}
-    if "src/diffstill/html.py" in needed:
-        needed.add("src/diffstill/templates/report.html.j2")
+    read = {"html": "templates/report.html.j2", "imagenet": "imagenet_classes.csv"}
+    needed |= {f"src/diffstill/{data}" for reader, data in read.items() if f"src/diffstill/{reader}.py" in needed}
     written = {dep for dep in dvc()["stages"][name]["deps"] if dep.startswith("src/")}
     assert written == needed
     assert all((ROOT / dep).exists() for dep in written)
 
 
-def test_of_what_a_chain_runs_only_the_page_reads_templates():
+def test_of_what_a_chain_runs_only_these_read_files_of_the_package():
     readers = {path.stem for path in PACKAGE.rglob("*.py") if re.search("PackageLoader|importlib.resources", path.read_text())}
-    assert readers == {"html", "publish", "compare"}
+    assert readers == {"html", "imagenet", "publish", "compare"}

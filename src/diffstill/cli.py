@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SUMMARIES = {
     "prepare": "Read, check, crop and split the real images.",
-    "pretrain": "Train a small generator on the training split, or take over a DiTPipeline folder.",
+    "pretrain": "Train a small generator on the training split, or take over pretrained weights.",
     "encode": "Encode the real images into latents, once.",
     "finetune": "Fine-tune the generator with the two memories: the method.",
     "sample": "Draw the distilled images (without --denoiser: those of the untuned generator).",
@@ -43,24 +44,29 @@ PATHS = {
     "report": "tables, figures and the page, from `report`",
     "card": "card, contact sheets and lineage of a version, from `publish`",
     "data": "folder of the data, in place of `prepare.location`",
-    "weights": "a diffusers DiTPipeline folder, in place of `pretrain.location`",
+    "weights": "a diffusers DiTPipeline folder or a DiT checkpoint, in place of `pretrain.location`",
+    "autoencoder": "a diffusers AutoencoderKL folder, in place of `pretrain.autoencoder`",
 }
 FLAGS = {"force": "even where the gain over real images is not shown"}
-REMOTE = re.compile(r"(s3://|models:/|dvc\+)")
+REMOTE = re.compile(r"(s3://|models:/|dvc\+|hf://)")
 COMPLETERS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
 
 class Place(click.ParamType[Any]):
-    """A folder, or a reference to one that lies elsewhere."""
+    """A folder (or a file, where `here` takes one), or a reference to one that lies elsewhere."""
 
     name = "place"
 
+    def __init__(self, here: click.Path = FOLDER) -> None:
+        self.here = here
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A path, or the reference as it is."""
-        return value if isinstance(value, str) and REMOTE.match(value) else FOLDER.convert(value, param, ctx)
+        return value if isinstance(value, str) and REMOTE.match(value) else self.here.convert(value, param, ctx)
 
 
 PLACE = Place()
+ANY_PLACE = Place(click.Path(path_type=Path))
 Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions or choose another folder"),
@@ -105,7 +111,8 @@ class Refusal(click.ClickException):
 
     def show(self, file: Any = None) -> None:  # noqa: ARG002  (click's signature)
         """Print the message."""
-        click.echo(f"error: {self.message}", err=True)
+        rank = os.environ.get("RANK", "0")
+        click.echo(f"error: {'' if rank == '0' else f'rank {rank}: '}{self.message}", err=True)
 
 
 class GateRefusal(Refusal):
@@ -123,7 +130,8 @@ def main(verbose: bool, quiet: bool) -> None:
 
     Start with `diffstill preset digits` and `diffstill run`.
     """
-    log_to_terminal(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    follows = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    log_to_terminal(logging.DEBUG if verbose else logging.WARNING if quiet or follows else logging.INFO)
 
 
 def log_to_terminal(level: int) -> None:
@@ -154,7 +162,7 @@ def _stage_command(name: str) -> click.Command:
         click.Option([f"--{given}"], type=FOLDER, required=True, help=f"folder that holds one folder of {PATHS[given]} per cell")
         for given in stage.many
     ]
-    options += [click.Option([f"--{given}"], type=PLACE, help=PATHS[given]) for given in stage.outside]
+    options += [click.Option([f"--{given}"], type=ANY_PLACE, help=PATHS[given]) for given in stage.outside]
     options += [click.Option([f"--{given}"], help=f"only this {given} of params.yaml") for given in stage.options]
     options += [click.Option([f"--{given}"], is_flag=True, help=FLAGS[given]) for given in stage.flags]
     if stage.sharded:
@@ -214,6 +222,19 @@ def run(params_path: Path, artifacts: Path, device: str) -> None:
 
     run_chain(load_params(params_path), artifacts, resolve_device(device))
     _summarise(artifacts)
+
+
+@main.command()
+@click.option("--generator", type=FOLDER, default=Path("artifacts/generator"), show_default=True, help=PATHS["generator"])
+@click.option("--denoiser", type=FOLDER, default=Path("artifacts/denoiser"), show_default=True, help=PATHS["denoiser"])
+@click.option("--seed", type=int, help="which fine-tune, where there are several")
+@click.option("--output", type=FOLDER, required=True, help="new folder, which diffusers' DiTPipeline opens")
+def merge(generator: Path, denoiser: Path, seed: int | None, output: Path) -> None:
+    """Write the fine-tuned generator as one whole DiTPipeline folder."""
+    from diffstill.merge import merge as merge_weights
+
+    chosen = merge_weights(generator, denoiser, output, seed)
+    click.echo(f"{output}: the generator with fine-tune {chosen}")
 
 
 @main.command()

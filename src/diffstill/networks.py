@@ -3,6 +3,9 @@
 The diffusers DiT keeps one timestep-and-label embedder per block, each dropping labels by itself in training mode.
 Here all blocks share one embedder, and the model stays in `eval()` mode even while it trains (it has no other
 dropout); labels are dropped by the caller, once per sample. Writing a folder puts the copies back.
+
+A class is a position in the list of classes of `images`; a label is a row of the generator's label table. Only
+`Generator.labels` knows which belongs to which.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +25,20 @@ from diffstill.diffusion import sample_latents
 from diffstill.errors import DiffstillError
 
 if TYPE_CHECKING:
+    from diffstill.artifacts import Artifact
     from diffstill.config import PretrainConfig
 
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
+Precision = Literal["float32", "bf16"]
 STOCK_FREQUENCY_SHIFT = 1.0
 """diffusers' timestep frequencies; weights from the original DiT code need 0, which no diffusers config records."""
+ORIGINAL_FREQUENCY_SHIFT = 0.0
+LABEL_TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+LABEL_ROWS = "label_rows"
+"""In a delta: which rows of the label table it holds."""
+DECODED_AT_ONCE = 32
+"""Latents per pass through the decoder; its activations at 256 px take some 0.3 GB an image."""
 
 
 @dataclass
@@ -37,6 +48,12 @@ class Generator:
     transformer: Any
     vae: Any
     scheduler: dict[str, Any]
+    labels: Sequence[int] | None = None
+    """The label of each class; None: class c has label c."""
+    precision: Precision = "float32"
+    """What the transformer computes in; everything else stays float32."""
+    parallel: Any = None
+    """The transformer as several processes train it; None: alone."""
 
     @property
     def null_label(self) -> int:
@@ -50,9 +67,18 @@ class Generator:
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
+    def frequency_shift(self) -> float:
+        """The shift of the timestep frequencies."""
+        return float(_time_projection(self.transformer).downscale_freq_shift)
+
+    @property
     def learned_variance(self) -> bool:
         """Whether the transformer predicts a variance beside the noise."""
         return bool(self.transformer.out_channels == 2 * self.transformer.config.in_channels)
+
+    def labels_of(self, classes: Tensor) -> Tensor:
+        """The labels of `classes` (N,), on the same device."""
+        return classes if self.labels is None else torch.tensor(self.labels, device=classes.device)[classes]
 
     def alphas_cumprod(self) -> Tensor:
         """The cumulative alphas abar_t, (T,) float32."""
@@ -70,33 +96,57 @@ class Generator:
         return images
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The transformer's output: noise (N,C,h,w), or noise and variance (N,2C,h,w)."""
-        output: Tensor = self.transformer(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
-        return output
+        """The transformer's output in float32: noise (N,C,h,w), or noise and variance (N,2C,h,w)."""
+        network = self.parallel or self.transformer
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            output: Tensor = network(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
+        return output.float() if self.precision == "bf16" else output
 
     def predict_noise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The predicted noise alone, (N,C,h,w)."""
         return self.predict(x_t, t, labels)[:, : x_t.shape[1]]
 
     @torch.inference_mode()
-    def draw(self, labels: Sequence[int], noise: Sequence[torch.Generator], *, sampler: str, steps: int, guidance: float) -> Tensor:
-        """Images (N, channels, side, side), about -1..1, of the classes `labels`; image n from the CPU generator n of `noise` alone."""
+    def draw(self, classes: Sequence[int], noise: Sequence[torch.Generator], *, sampler: str, steps: int, guidance: float) -> Tensor:
+        """Images (N, channels, side, side), about -1..1, of `classes`; image n from the CPU generator n of `noise` alone."""
         uses_variance = sampler == "ddpm" and self.learned_variance
         latents = sample_latents(
             self.predict if uses_variance else self.predict_noise,
             build_scheduler(sampler, self.scheduler, learned_variance=uses_variance),
-            torch.tensor(labels, device=next(self.transformer.parameters()).device),
+            self.labels_of(torch.tensor(classes)).to(next(self.transformer.parameters()).device),
             noise,
             shape=self.latent_shape,
             null_label=self.null_label,
             guidance=guidance,
             steps=steps,
         )
-        return self.decode(latents)
+        return torch.cat([self.decode(part) for part in latents.split(DECODED_AT_ONCE)])
 
     def to(self, device: str) -> Generator:
         """The same generator on `device`."""
-        return Generator(self.transformer.to(device), self.vae.to(device), self.scheduler)
+        return replace(self, transformer=self.transformer.to(device), vae=self.vae.to(device))
+
+    def accelerate(self, precision: Precision, *, compiled: bool = False, checkpointing: bool = False) -> Generator:
+        """The same generator, computing in `precision`, its blocks compiled by TorchInductor, or saving memory by computing activations twice.
+
+        With `bf16` the weights that are not trained are rounded to it, once, as autocast would round them at every use.
+        """
+        if precision == "bf16":
+            _round_frozen(self.transformer)
+        if checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if compiled:
+            for block in self.transformer.transformer_blocks:  # not as a whole: the blocks are alike, so one is compiled for all
+                block.compile()
+        return replace(self, precision=precision)
+
+
+def _round_frozen(transformer: nn.Module) -> None:
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for weight in module.parameters(recurse=False):
+                if not weight.requires_grad:
+                    weight.data = weight.data.bfloat16()
 
 
 def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:
@@ -134,7 +184,7 @@ def build_transformer(config: PretrainConfig, classes: int, latent_side: int) ->
         num_embeds_ada_norm=classes,
     )
     _zero_init(transformer)
-    return _share_embedder(transformer.eval())
+    return share_embedder(transformer.eval())
 
 
 def _zero_init(transformer: Any) -> None:
@@ -147,7 +197,8 @@ def _zero_init(transformer: Any) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _share_embedder(transformer: Any) -> Any:
+def share_embedder(transformer: Any) -> Any:
+    """Let all blocks use the embedder of the first."""
     for block in transformer.transformer_blocks:
         block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
     return transformer
@@ -169,34 +220,94 @@ def _unshared(transformer: Any) -> Any:
     return copy
 
 
-def save_generator(generator: Generator, folder: Path, class_names: list[str]) -> None:
-    """Write a folder that diffusers' `DiTPipeline.from_pretrained` opens (with `guidance_scale=1`: its null label is fixed at 1000)."""
+def save_generator(generator: Generator, folder: Path, label_names: Sequence[str]) -> None:
+    """Write a folder that diffusers' `DiTPipeline.from_pretrained` opens (with `guidance_scale=1`: its null label is fixed at 1000).
+
+    `label_names` are those of the label table, without the null row.
+    """
+    shift = generator.frequency_shift
     scheduler = build_scheduler("ddim", generator.scheduler, learned_variance=False)
     DiTPipeline(_unshared(generator.transformer), generator.vae, scheduler).save_pretrained(folder, safe_serialization=True)
     index = folder / "model_index.json"  # the pipeline reads `id2label` from here, but does not write it
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(class_names))}, indent=2) + "\n")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(label_names))}, indent=2) + "\n")
+    for config in (folder / "transformer" / "config.json", folder / "vae" / "config.json"):  # where they were opened from is nobody's business
+        config.write_text(
+            json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}, indent=2) + "\n"
+        )
+    if shift != STOCK_FREQUENCY_SHIFT:
+        (folder / "README.md").write_text(SHIFTED.format(shift=shift))
 
 
-def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT) -> Generator:
-    """Open a diffusers DiTPipeline folder, in `eval()` mode with one shared embedder.
+SHIFTED = """# Timestep frequencies
+
+These weights were trained with timestep frequencies of `downscale_freq_shift = {shift:g}`, as the original DiT code has them; no diffusers
+configuration records that, and `DiTPipeline.from_pretrained` sets 1. Open the folder with diffstill, or set it yourself:
+
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = {shift:g}
+"""
+
+
+def _time_projection(transformer: Any) -> Any:
+    return transformer.transformer_blocks[0].norm1.emb.time_proj
+
+
+def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT, labels: Sequence[int] | None = None) -> Generator:
+    """Open a diffusers DiTPipeline folder, in `eval()` mode with one shared embedder; `.bin` weights as plain tensors alone.
 
     `frequency_shift` is that of the timestep frequencies the weights were trained with (1 in diffusers, 0 in the
-    original DiT). Raises `DiffstillError` where the folder is not such a pipeline.
+    original DiT), `labels` the label of each class. Raises `DiffstillError` where the folder is not such a pipeline.
     """
     try:
-        options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
-        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **options)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True, low_cpu_mem_usage=False)
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise DiffstillError(
             f"{folder}: not a diffusers DiTPipeline folder with safetensors weights ({' '.join(str(error).split())[:200]})"
         ) from error
     _check_embedders(transformer, folder)
-    _share_embedder(transformer)
-    transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = frequency_shift
-    return Generator(transformer.eval().requires_grad_(False), vae.eval().requires_grad_(False), scheduler)
+    share_embedder(transformer)
+    set_frequency_shift(transformer, frequency_shift)
+    return Generator(transformer.eval().requires_grad_(False), load_vae(folder / "vae"), scheduler, labels)
+
+
+def open_generator(made: Artifact) -> Generator:
+    """The generator of a `generator` artifact, as its manifest says it is."""
+    return load_generator(made.folder, made.facts["frequency_shift"], made.facts.get("labels"))
+
+
+def load_vae(folder: Path) -> Any:
+    """A diffusers AutoencoderKL folder, in `eval()` mode. Raises `DiffstillError` where the folder is not one."""
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DiffstillError(
+            f"{folder}: not a diffusers AutoencoderKL folder with safetensors weights ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return vae.eval().requires_grad_(False)
+
+
+def set_frequency_shift(transformer: Any, shift: float) -> None:
+    """Set the shift of the timestep frequencies of a DiT with one shared embedder."""
+    _time_projection(transformer).downscale_freq_shift = shift
+
+
+def add_labels(transformer: Any, like: Sequence[int | None]) -> Any:
+    """A DiT with new rows in its label table, each a copy of that of a label or, for None, the mean of all; the null row stays last."""
+    if not like:
+        return transformer
+    table = transformer.state_dict()[LABEL_TABLE]
+    known, null = table[:-1], table[-1:]
+    rows = [known.mean(dim=0) if label is None else known[label] for label in like]
+    wider = DiTTransformer2DModel.from_config(transformer.config, num_embeds_ada_norm=len(known) + len(rows))
+    share_embedder(wider)
+    set_frequency_shift(wider, _time_projection(transformer).downscale_freq_shift)
+    embedding = f"{LABEL_TABLE.split('.', 2)[2]}"
+    state = {name: value for name, value in transformer.state_dict().items() if not name.endswith(embedding)}
+    grown = torch.cat([known, torch.stack(rows), null])
+    wider.load_state_dict(state | {f"transformer_blocks.{number}.{embedding}": grown for number in range(len(wider.transformer_blocks))})
+    return wider.eval().requires_grad_(False)
 
 
 def build_scheduler(sampler: str, config: Mapping[str, Any], *, learned_variance: bool) -> Any:
@@ -255,16 +366,47 @@ def _is_difffit(name: str) -> bool:
     return name.endswith((".bias", ".difffit_scale", "class_embedder.embedding_table.weight"))
 
 
+def moved_labels(generator: Generator, classes: int) -> list[int]:
+    """The rows of the label table that training on `classes` classes moves: theirs and the null row."""
+    return sorted({*generator.labels_of(torch.arange(classes)).tolist(), generator.null_label})
+
+
+def take_delta(weights: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """What of the trained `weights` has moved, to be kept: of the label table `rows` alone. Inverse: `apply_delta`."""
+    delta = {name: (weight[list(rows)] if name == LABEL_TABLE else weight).cpu().contiguous() for name, weight in weights.items()}
+    return delta | ({LABEL_ROWS: torch.tensor(rows)} if LABEL_TABLE in delta else {})
+
+
 def apply_delta(transformer: Any, delta: Mapping[str, Tensor]) -> None:
     """Give `transformer` the weights of a denoiser. Raises `DiffstillError` where a name or shape does not fit."""
     if any(name.endswith(".difffit_scale") for name in delta):
         add_scales(transformer)
     own = dict(transformer.named_parameters())
-    for name, value in delta.items():
-        if name not in own or own[name].shape != value.shape:
+    rows = {LABEL_TABLE: delta[LABEL_ROWS]} if LABEL_ROWS in delta else {}
+    values = {name: value for name, value in delta.items() if name != LABEL_ROWS}
+    for name, value in values.items():
+        if not _fits(own.get(name), value, rows.get(name)):
             raise DiffstillError(
                 f"the denoiser's weight `{name}` {tuple(value.shape)} does not fit this generator; use the generator it was fine-tuned from"
             )
     with torch.no_grad():
-        for name, value in delta.items():
-            own[name].copy_(value)
+        for name, value in values.items():
+            own[name][rows.get(name, ...)] = value
+
+
+def _fits(weight: Tensor | None, value: Tensor, rows: Tensor | None) -> bool:
+    if weight is None or rows is None:
+        return weight is not None and weight.shape == value.shape
+    return value.shape == (len(rows), *weight.shape[1:]) and int(rows.max()) < len(weight)
+
+
+def fold_scales(transformer: Any) -> None:
+    """Multiply DiffFit's scales into the weights before them, so that the stock classes of diffusers compute the same; in place."""
+    for block in transformer.transformer_blocks:
+        attention, last = block.attn1, block.ff.net[2]
+        places = [(linear, linear) for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])]
+        for linear, scaled in (*places, (attention.to_out[0], attention), (last, block.ff)):
+            if (scale := scaled._parameters.pop("difffit_scale", None)) is not None:
+                scaled._forward_hooks.clear()
+                linear.weight.data.mul_(scale[:, None])
+                linear.bias.data.mul_(scale)

@@ -1,4 +1,4 @@
-"""Data that lies elsewhere: a folder of a DVC repository at an exact revision, or below an S3 prefix.
+"""Data that lies elsewhere: a folder of a DVC repository at an exact revision, below an S3 prefix, or weights on the Hugging Face hub.
 
 `dvc+https://host/org/repo.git?rev=<branch, tag or commit>&path=data/images&md5=<md5>` is a location like any other;
 `dvc+ssh://git@host/...` and `dvc+file:/path` name repositories too. The md5 is DVC's own for the folder and may be
@@ -18,8 +18,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from diffstill import storage
 from diffstill.errors import DiffstillError, without_secrets
@@ -63,6 +66,18 @@ class S3Reference:
 
 
 @dataclass(frozen=True)
+class HubReference:
+    """A repository of models on the Hugging Face hub, `owner/name`, at a branch, tag or commit."""
+
+    repository: str
+    revision: str
+
+    def __str__(self) -> str:
+        """The location that `parse` reads."""
+        return f"hf://{self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True)
 class Fetched:
     """Data in a local folder, which is read only, and the facts that say exactly which data it is."""
 
@@ -70,7 +85,12 @@ class Fetched:
     facts: Mapping[str, str]
 
 
-Reference = DvcReference | S3Reference
+Reference = DvcReference | S3Reference | HubReference
+HUB_FAILURE: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the hub's client raises on any failure to talk to it: that of its HTTP library, whichever it is."""
+HUB_FORM = "hf://<owner>/<repository>@<branch, tag or commit>"
+WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.md")
+"""What is fetched of a hub repository."""
 
 
 def parse(location: str) -> Reference | None:
@@ -78,11 +98,21 @@ def parse(location: str) -> Reference | None:
     if location.startswith("s3://"):
         storage.refuse_malformed(location)
         return S3Reference(location)
+    if location.startswith("hf:"):
+        return _parse_hub(location)
     return _parse_dvc(location) if re.match(r"dvc[+:]", location) else None
 
 
-def pin(reference: DvcReference) -> DvcReference:
-    """The same data by commit and md5, without a download. Raises `DiffstillError` if it is not there or has another md5 than the reference."""
+@overload
+def pin(reference: DvcReference) -> DvcReference: ...
+@overload
+def pin(reference: Reference) -> Reference: ...
+def pin(reference: Reference) -> Reference:
+    """The same data by commit (and md5), without a download. Raises `DiffstillError` if it is not there or has another md5 than the reference."""
+    if isinstance(reference, S3Reference):
+        return reference
+    if isinstance(reference, HubReference):
+        return _pin_hub(reference)
     with _opened(reference) as repository:
         return _pinned(reference, repository)
 
@@ -111,7 +141,43 @@ def fetch(reference: Reference, cache: Path, record: Record = ignore) -> Fetched
 
     Raises `DiffstillError` if it cannot be had or is not what the reference, git or the store say. The folder is whole or absent.
     """
+    if isinstance(reference, HubReference):
+        return _fetch_hub(reference, cache)
     return _fetch_dvc(reference, cache, record) if isinstance(reference, DvcReference) else _fetch_s3(reference, cache, record)
+
+
+# --- the Hugging Face hub ------------------------------------------------------------------------------------------
+
+
+def _parse_hub(location: str) -> HubReference:
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)@([\w./-]+)", location)
+    if not found:
+        raise DiffstillError(f"location {location!r} is not {HUB_FORM}; name the revision, so that the same weights come again")
+    return HubReference(found[1], found[2])
+
+
+def _pin_hub(reference: HubReference) -> HubReference:
+    with _hub_errors(reference):
+        commit = HfApi().model_info(reference.repository, revision=reference.revision).sha
+    return replace(reference, revision=str(commit))
+
+
+def _fetch_hub(reference: HubReference, cache: Path) -> Fetched:
+    """With the hub's own client, which goes on where it was cut off, shows progress and verifies sizes; token from HF_TOKEN."""
+    pinned = reference if re.fullmatch("[0-9a-f]{40}", reference.revision) else _pin_hub(reference)
+    with _hub_errors(pinned):
+        folder = snapshot_download(pinned.repository, revision=pinned.revision, cache_dir=cache / "hub", allow_patterns=list(WEIGHTS))
+    return Fetched(Path(folder), {"repository": pinned.repository, "revision": pinned.revision})
+
+
+@contextmanager
+def _hub_errors(reference: HubReference) -> Iterator[None]:
+    try:
+        yield
+    except (HUB_FAILURE, HFValidationError, OSError) as error:
+        raise DiffstillError(
+            f"{reference}: cannot be had from the hub ({_reason(error)}); check name and revision, HF_TOKEN if the repository wants one, HF_ENDPOINT"
+        ) from error
 
 
 # --- S3 ----------------------------------------------------------------------------------------------------------

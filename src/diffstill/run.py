@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from diffstill import storage
 from diffstill.artifacts import ANCESTORS, MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
 from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError
-from diffstill.record import Progress
-from diffstill.references import DvcReference, fetch, parse, pin
+from diffstill.record import Progress, ignore
+from diffstill.references import S3Reference, fetch, listing_digest, parse, pin
 from diffstill.registry import Registry, bring
 from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
+AUTOENCODERS = {name: f"hf://stabilityai/sd-vae-ft-{name}@main" for name in ("ema", "mse")}
 SHOWN = 8
 """A stage with more metrics than this does not list them on the terminal; all are in the side log and in MLflow."""
 
@@ -41,22 +43,24 @@ class Stage:
     inputs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     many: tuple[str, ...] = ()
-    outside: tuple[str, ...] = ()
-    """A folder that is no artifact of ours: where given, it stands for the `location` of the configuration."""
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """Folders that are no artifacts of ours: where given, each stands for the place that a field of the configuration names."""
     options: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     on_device: bool = True
     sharded: bool = False
     """Whether the work can be cut: `shard` makes a share of it, `parts` gathers all shares."""
+    in_ranks: bool = False
+    """Whether `torchrun` may start it in several processes, of which the first one writes."""
     registers: bool = False
     """Whether it is given the registry of versions. Its effect is outside, so it is no step of a chain."""
 
 
 STAGES: Mapping[str, Stage] = {
-    "prepare": Stage("images", outside=("data",), on_device=False),
-    "pretrain": Stage("generator", inputs=("images",), outside=("weights",)),
+    "prepare": Stage("images", outside={"data": "location"}, on_device=False),
+    "pretrain": Stage("generator", inputs=("images",), outside={"weights": "location", "autoencoder": "autoencoder"}),
     "encode": Stage("latents", inputs=("images", "generator"), sharded=True),
-    "finetune": Stage("denoiser", inputs=("latents", "generator")),
+    "finetune": Stage("denoiser", inputs=("latents", "generator"), in_ranks=True),
     "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",), sharded=True),
     "evaluate": Stage("scores", inputs=("images",), optional=("distilled",), options=("student",)),
     "report": Stage("report", inputs=("images", "denoiser", "distilled", "untuned"), many=("scores",), on_device=False),
@@ -155,6 +159,7 @@ def run_stage(
     Raises `DiffstillError` for bad input, before the stage starts where that can be known.
     """
     stage, step = STAGES[name], step or name
+    main = _is_main(name, stage)
     remote, paths = _landing(stage, paths)
     config, paths = _brought(stage, config, _gathered(stage, paths))
     _require(stage, paths)
@@ -162,6 +167,8 @@ def run_stage(
     function = getattr(importlib.import_module(f"diffstill.stages.{name}"), name)
     if stage.on_device:
         options["device"] = device
+    if not main:
+        return dict(function(config, **paths, record=ignore, **options))
     log.info("%s ...", step)
     with stage_run(step, config, params) as run:
         if stage.registers:
@@ -182,6 +189,15 @@ def run_stage(
             shutil.rmtree(paths[stage.output])
     _log_costs(step, metrics, costs)
     return metrics
+
+
+def _is_main(name: str, stage: Stage) -> bool:
+    """Whether this process writes and tracks: the first of those that `torchrun` has started, or the only one."""
+    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if count != "1" and not stage.in_ranks:
+        able = ", ".join(one for one, other in STAGES.items() if other.in_ranks)
+        raise DiffstillError(f"`{name}` runs in one process, but torchrun has started {count} (WORLD_SIZE); only {able} can be started so")
+    return rank == "0"
 
 
 def _landing(stage: Stage, paths: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
@@ -209,14 +225,17 @@ def _gathered(stage: Stage, paths: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _brought(stage: Stage, config: Section, paths: Mapping[str, Any]) -> tuple[Section, Mapping[str, Any]]:
-    """Bring what `location` names outside this machine: the configuration with it pinned, and the paths with the folder where it lies now."""
-    given = paths.get(stage.outside[0]) if stage.outside else None
-    location = given if isinstance(given, str) else getattr(config, "location", None)
-    if not location or not stage.outside or isinstance(given, Path) or not (reference := parse(location)):
-        return config, paths
-    found = pin(reference) if isinstance(reference, DvcReference) else reference
-    fetched = fetch(found, cache_folder(), Listener())
-    return config.model_copy(update={"location": str(found)}), {**paths, stage.outside[0]: fetched.folder}
+    """Bring what the configuration names outside this machine: the configuration with it pinned, and the paths with the folders where it lies now."""
+    found = dict(paths)
+    for name, named in stage.outside.items():
+        given = paths.get(name)
+        location = given if isinstance(given, str) else getattr(config, named)
+        if isinstance(given, Path) or not location or not (reference := parse(AUTOENCODERS.get(location, location))):
+            continue
+        pinned = pin(reference)
+        found[name] = fetch(pinned, cache_folder(), Listener()).folder
+        config = config.model_copy(update={named: str(pinned)})
+    return config, found
 
 
 def resolve_device(device: str) -> str:
@@ -266,8 +285,12 @@ def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
         output = STAGES[step.stage].output
         paths = {name: [root / one for one in where] if isinstance(where, tuple) else root / where for name, where in step.paths.items()}
         options = {"student": step.student} if step.student else {}
+        outside = _outside(STAGES[step.stage], params.section(step.stage))
         run_stage(step.stage, params.section(step.stage), paths, params=params, step=step.name, device=device, **options)
         log.debug("%s wrote %s", step.name, paths[output])
+        if outside:
+            _seen(step.output(root)).parent.mkdir(parents=True, exist_ok=True)
+            _seen(step.output(root)).write_text(json.dumps([read_manifest(step.output(root), output).digest, outside]))
 
 
 def _is_current(step: Step, params: Params, root: Path) -> bool:
@@ -279,10 +302,38 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
     if any(f"{ANCESTORS}/{digest}.json" not in manifest.files for digest in manifest.inputs.values()):
         return False  # made by a diffstill that kept no lineage
     config = params.section(step.stage)
-    if getattr(config, "location", None) or manifest.config != config.plain():
-        return False  # what lies outside may have changed; the stage gives the same bytes if it has not
+    outside = _outside(stage, config)
+    if outside and (not _seen(output).is_file() or json.loads(_seen(output).read_text()) != [read_manifest(output, stage.output).digest, outside]):
+        return False
+    pinned = dict.fromkeys(stage.outside.values()) if outside else {}  # the manifest has the commit where the settings have the branch
+    if manifest.config | pinned != config.plain() | pinned:
+        return False
     named = {name: where for name, where in step.paths.items() if name != stage.output}
     return manifest.inputs == _input_digests(named, root)
+
+
+def _seen(output: Path) -> Path:
+    """Where a chain notes what lay outside when it made this artifact. No part of the artifact, which is the same wherever its data lie."""
+    return work_root() / "outside" / f"{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]}.json"
+
+
+def _outside(stage: Stage, config: Section) -> dict[str, str]:
+    """What tells the data and weights that a stage takes from outside from others at the same places; nothing where it takes none."""
+    places = {name: getattr(config, name) for name in stage.outside.values()}
+    return {name: f"{place} {_fingerprint(AUTOENCODERS.get(place, place))}" for name, place in places.items() if place}
+
+
+def _fingerprint(place: str) -> str:
+    """The commit of a repository, the listing of a bucket; of a folder or file here the names, sizes and times; of a URL nothing more."""
+    if reference := parse(place):
+        return listing_digest(reference) if isinstance(reference, S3Reference) else str(pin(reference))
+    if "://" in place:
+        return place
+    path, listed = Path(place).expanduser(), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        known = file.stat()
+        listed.update(f"{file.relative_to(path)}\0{known.st_size}\0{known.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return listed.hexdigest()
 
 
 def _input_digests(named: Mapping[str, str | tuple[str, ...]], root: Path) -> dict[str, str]:

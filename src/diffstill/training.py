@@ -7,16 +7,29 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from diffstill.artifacts import Array
 
 
-def set_threads(threads: int) -> None:
-    """Compute on `threads` CPU threads with deterministic kernels: equal thread counts give equal bytes."""
+def set_threads(threads: int, device: str = "cpu") -> None:
+    """Compute on `threads` CPU threads. On the CPU with deterministic kernels: equal thread counts give equal bytes."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(torch.device(device).type == "cpu")
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, on its way there while the CPU goes on."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on `device`."""
+    return int(torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available)
 
 
 def seeded(*key: int) -> torch.Generator:

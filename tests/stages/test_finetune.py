@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from chains import Chain, contents
-from diffstill.artifacts import open_artifact
+from diffstill.artifacts import Rows, open_artifact
 from diffstill.config import FinetuneConfig, Params
 from diffstill.errors import DiffstillError
 from diffstill.networks import load_generator
 from diffstill.pictures import contact_sheet, read_png
 from diffstill.record import Progress
-from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, _Finetune, _Latents, finetune
+from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, finetune
 from diffstill.stages.sample import sample
 from slow_memory import SlowMemory
 
@@ -31,10 +31,10 @@ def settings_of(chain: Chain, **changes: Any) -> FinetuneConfig:
     return Params.model_validate_json(json.dumps(values)).finetune
 
 
-def tuning(chain: Chain, seed: int = 0, **changes: Any) -> _Finetune:
+def tuning(chain: Chain, seed: int = 0, **changes: Any) -> FineTuning:
     torch.set_num_threads(1)
-    latents = _Latents.open(open_artifact(chain.artifacts / "latents", "latents"), "cpu")
-    return _Finetune(settings_of(chain, **changes), seed, latents, load_generator(chain.artifacts / "generator"))
+    latents = Latents.open(open_artifact(chain.artifacts / "latents", "latents"), "cpu")
+    return FineTuning(settings_of(chain, **changes), seed, latents, load_generator(chain.artifacts / "generator"))
 
 
 @pytest.mark.parametrize("policy", ["redundancy", "fifo"])
@@ -57,11 +57,11 @@ def test_every_step_is_the_equation(tiny_chain: Chain, policy: str, max_timestep
         batch, network = fast.draw(step), fast.opened
         abar = fast.alphas_cumprod[batch.t].reshape(-1, 1, 1, 1)
         x_t = abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.eps
-        labels = torch.tensor([3 if dropped else label for label, dropped in zip(batch.labels.tolist(), batch.dropped.tolist(), strict=True)])
+        labels = torch.tensor([3 if dropped else label for label, dropped in zip(batch.classes.tolist(), batch.dropped.tolist(), strict=True)])
         eps_theta = network.transformer(x_t, timestep=batch.t, class_labels=labels).sample
         x0_hat = ((x_t - (1 - abar).sqrt() * eps_theta) / abar.sqrt()).flatten(1)
         usable = torch.tensor([not dropped and (max_timestep is None or t < max_timestep) for dropped, t in zip(batch.dropped, batch.t, strict=True)])
-        met, of = x0_hat[usable], batch.labels[usable]
+        met, of = x0_hat[usable], batch.classes[usable]
         loss_real = real.term(met.detach(), of, "real") if len(of) else 0.0
         loss_gen = gen.term(met.detach(), of, "gen") if len(of) else 0.0
         diffusion = (eps_theta - batch.eps).square().mean()
@@ -70,7 +70,7 @@ def test_every_step_is_the_equation(tiny_chain: Chain, policy: str, max_timestep
         assert logged["loss"] == pytest.approx(diffusion.item(), rel=1e-4)
         assert logged["loss_real"] == pytest.approx(loss_real, abs=1e-4)
         assert logged["loss_gen"] == pytest.approx(loss_gen, abs=1e-4)
-        real.add(batch.x0.flatten(1), batch.labels)
+        real.add(batch.x0.flatten(1), batch.classes)
         gen.add(met.detach(), of)
         assert logged["memory_real"] == pytest.approx(sum(map(len, real.entries.values())) / 3)
         assert logged["memory_gen"] == pytest.approx(sum(map(len, gen.entries.values())) / 3)
@@ -121,10 +121,36 @@ def test_an_epoch_meets_every_image_once(tiny_chain: Chain) -> None:
     assert rows.sort().values.tolist() == list(range(images))
 
 
+def test_latents_read_from_disk_are_those_in_memory(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = tuning(tiny_chain)
+    monkeypatch.setattr("diffstill.stages.finetune.RESIDENT", 0.0)
+    read = tuning(tiny_chain)
+    assert isinstance(resident.data.mean, torch.Tensor)
+    assert isinstance(read.data.mean, Rows)
+    for step in (0, 7, 30):
+        assert torch.equal(read.draw(step).x0, resident.draw(step).x0)
+
+
+def test_memories_that_do_not_fit_are_refused(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 3 * (5 + 2) * 4 * 4 * 4 * 4  # classes, entries, a latent of 4 x 4 x 4, bytes
+    monkeypatch.setattr("diffstill.stages.finetune.free_memory", lambda _: needed - 1)
+    with pytest.raises(DiffstillError, match=r"the memories of 3 classes take .* lower `finetune.capacity_real`"):
+        tuning(tiny_chain, capacity_real=5, capacity_gen=2)
+    tuning(tiny_chain, capacity_real=5, capacity_gen=1)
+
+
+def test_epochs_are_passes_over_the_training_images(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, epochs=3)
+    images = len(run.data.labels)
+    assert run.steps == 3 * images // 12
+    assert sum(len(run.draw(step).classes) for step in range(run.steps)) <= 3 * images < (run.steps + 1) * 12
+    assert tuning(tiny_chain, epochs=1, batch_size=10_000).steps == 1
+
+
 def test_balanced_batches(tiny_chain: Chain) -> None:
     run = tuning(tiny_chain, balanced=True, batch_size=12)
     for step in range(3):
-        assert run.draw(step).labels.bincount().tolist() == [4, 4, 4]
+        assert run.draw(step).classes.bincount().tolist() == [4, 4, 4]
     with pytest.raises(DiffstillError, match="multiple of the 3 classes"):
         tuning(tiny_chain, balanced=True, batch_size=10)
 

@@ -15,8 +15,10 @@ from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError
-from diffstill.networks import load_generator
+from diffstill.networks import LABEL_TABLE, load_generator, open_generator
+from diffstill.pretrained import read_checkpoint, weights_digest
 from diffstill.stages.pretrain import pretrain
+from original_dit import random_checkpoint
 
 
 def settings_of(chain: Chain, **changes: Any) -> PretrainConfig:
@@ -81,16 +83,81 @@ def test_the_stock_pipeline_opens_the_artifact(tiny_chain: Chain) -> None:
     assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 3
 
 
-def test_a_pipeline_with_other_labels_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
-    images = open_artifact(tiny_chain.artifacts / "images", "images")
-    with new_artifact(tmp_path / "images", "images", tiny_chain.params.prepare, {}) as draft:
+def images_of(chain: Chain, folder: Path, classes: list[str]) -> Path:
+    """The images of the chain under other class names."""
+    images = open_artifact(chain.artifacts / "images", "images")
+    with new_artifact(folder, "images", chain.params.prepare, {}) as draft:
         for split in ("train", "val", "test"):
             pixels, labels = load_split(images, split)
             write_shards(draft.folder, split, {"pixels": pixels, "labels": labels}, 4096)
-        draft.facts |= images.facts | {"classes": ["0", "2", "1"]}
-    config = settings_of(tiny_chain, source="folder", location=str(tiny_chain.artifacts / "generator"))
-    with pytest.raises(DiffstillError, match=r"has 3 labels \(0, 1, 2\), but the images have 3 classes \(0, 2, 1\)"):
-        pretrain(config, images=tmp_path / "images", generator=tmp_path / "out")
+        draft.facts |= images.facts | {"classes": classes}
+    return folder
+
+
+def test_classes_go_to_the_labels_of_their_names_and_unknown_ones_to_new_labels(
+    tiny_chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = images_of(tiny_chain, tmp_path / "images", ["2", "seven", "0"])
+    source = tiny_chain.artifacts / "generator"
+    config = settings_of(tiny_chain, source="folder", location=str(source), labels={"seven": "new:1"}, licence="mine")
+    pretrain(config, images=images, generator=tmp_path / "out")
+    made = open_artifact(tmp_path / "out", "generator")
+    assert (made.facts["labels"], made.facts["null_label"], made.facts["licence"]) == ([2, 3, 0], 4, "mine")
+    assert made.facts["weights"] == weights_digest(source)
+    class_map = json.loads((tmp_path / "out" / "class_map.json").read_text())
+    assert [(one["name"], one["label"], one["origin"]) for one in class_map] == [("2", 2, "name"), ("seven", 3, "new: copy of 1"), ("0", 0, "name")]
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["id2label"] == {"0": "0", "1": "1", "2": "2", "3": "seven"}
+    assert "1 of 3 classes are new to the generator" in caplog.text
+    assert "mine" in caplog.text
+    old, new = (load_generator(folder).transformer.state_dict()[LABEL_TABLE] for folder in (source, tmp_path / "out"))
+    assert torch.equal(new, torch.stack([old[0], old[1], old[2], old[1], old[3]]))
+
+
+@pytest.fixture
+def checkpoint(tiny_chain: Chain, tmp_path: Path) -> Path:
+    torch.save(random_checkpoint(depth=2, width=64, classes=3, side=4), tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+def test_an_original_checkpoint_becomes_a_generator(tiny_chain: Chain, checkpoint: Path, tmp_path: Path) -> None:
+    """With the autoencoder of another folder, its learned variance, and the frequencies it was trained with."""
+    vae = tiny_chain.artifacts / "generator" / "vae"
+    config = settings_of(tiny_chain, source="checkpoint", location=str(checkpoint), autoencoder=str(vae), timesteps=1000)
+    pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    made = open_artifact(tmp_path / "out", "generator")
+    assert (made.facts["frequency_shift"], made.facts["learned_variance"], made.facts["labels"]) == (0.0, True, [0, 1, 2])
+    assert "CC-BY-NC" in made.facts["licence"]
+    opened, direct = open_generator(made), read_checkpoint(checkpoint)
+    x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.tensor([1, 3])
+    with torch.no_grad():
+        assert torch.equal(opened.predict(x, t, labels), direct(x, timestep=t, class_labels=labels).sample)
+    again = settings_of(tiny_chain, source="folder", location=str(tmp_path / "out"))  # our own manifest says the frequencies
+    pretrain(again, images=tiny_chain.artifacts / "images", generator=tmp_path / "twice")
+    assert open_artifact(tmp_path / "twice", "generator").facts["frequency_shift"] == 0
+    given = settings_of(tiny_chain, source="folder", location=str(tmp_path / "out"), frequency_shift=1)
+    pretrain(given, images=tiny_chain.artifacts / "images", generator=tmp_path / "thrice")
+    assert open_artifact(tmp_path / "thrice", "generator").facts["frequency_shift"] == 1
+
+
+def test_weights_that_do_not_fit_are_refused(tiny_chain: Chain, tmp_path: Path) -> None:
+    images, vae = tiny_chain.artifacts / "images", str(tiny_chain.artifacts / "generator" / "vae")
+    (tmp_path / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save(random_checkpoint(depth=1, width=64, classes=3, side=8), tmp_path / "two" / name)
+    for location, autoencoder, told in (
+        (tmp_path / "two", vae, r"holds 2 files \*.pt"),
+        (tmp_path / "two" / "a.pt", vae, "makes images of 1 x 16 px"),
+        (tmp_path / "two" / "a.pt", str(tmp_path), "not a diffusers AutoencoderKL folder"),
+        (tmp_path / "none.pt", vae, "none.pt: not a file of plain tensors"),
+    ):
+        config = settings_of(tiny_chain, source="checkpoint", location=str(location), autoencoder=autoencoder)
+        with pytest.raises(DiffstillError, match=told):
+            pretrain(config, images=images, generator=tmp_path / "out")
+    torch.save(random_checkpoint(depth=1, width=64, classes=3, side=4, channels=3), tmp_path / "three.pt")
+    config = settings_of(tiny_chain, source="checkpoint", location=str(tmp_path / "three.pt"), autoencoder=vae)
+    with pytest.raises(DiffstillError, match="takes latents of 3 channels, the autoencoder gives 4"):
+        pretrain(config, images=images, generator=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals(tiny_chain: Chain, tmp_path: Path) -> None:

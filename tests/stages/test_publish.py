@@ -323,6 +323,14 @@ def test_the_card_tells_what_the_set_is_worth(made, shelf, tmp_path):
     assert ["distilled", f"`{made.opened('distilled')['distilled'].digest}`", "denoiser, generator"] in traced
 
 
+def test_the_card_warns_of_terms_of_the_weights_and_of_leakage(tmp_path, shelf):
+    made = judged(tmp_path, weights_licence="CC-BY-NC-4.0: no commercial use", leakage="3 of 6 test images were seen")
+    published(made, shelf)
+    text = (tmp_path / "card" / "card.md").read_text(encoding="utf-8")
+    assert "- Licence of the pretrained weights: CC-BY-NC-4.0: no commercial use.\n- 3 of 6 test images were seen\n\n## Lineage" in text
+    assert shelf.releases[0].tags["weights_licence"] == "CC-BY-NC-4.0: no commercial use"
+
+
 def test_what_was_not_run_stands_as_a_dash(tmp_path, shelf):
     made = judged(tmp_path, lines=lambda made: [made.line("distilled", 2, 0, 0, 0.5), made.line("random", 1, 0, 0, 0.5)])
     published(made, shelf, force=True)

@@ -1,15 +1,19 @@
 """Stage `finetune`: latents and generator -> denoiser, the weights that the method moved.
 
-One step, from the batch to the loss, is `_Finetune.step`; its maths is in `diffusion` and `memory`.
+One step, from the batch to the loss, is `FineTuning.step`; its maths is in `diffusion` and `memory`. Under `torchrun`
+every rank draws the whole batch and predicts its rows; the terms and the memories see all of them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +22,16 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffstill.artifacts import Array, Artifact, WorkFolder, new_artifact, open_artifact, read_shards, refuse_foreign, to_pixels
+from diffstill.artifacts import Array, Artifact, Rows, WorkFolder, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import FinetuneConfig
-from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicted_clean
+from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicted_clean, variational_loss
 from diffstill.errors import DiffstillError
 from diffstill.memory import ClassMemory, diversity, representativeness
-from diffstill.networks import Generator, choose_trainable, load_generator
+from diffstill.networks import Generator, choose_trainable, moved_labels, open_generator, take_delta
 from diffstill.pictures import contact_sheet
+from diffstill.ranks import Ranks, joined
 from diffstill.record import Record, ignore
-from diffstill.training import Training, balanced_indices, batch_indices, pack, seeded, set_threads, unpack
+from diffstill.training import Training, balanced_indices, batch_indices, free_memory, pack, seeded, sent, set_threads, unpack
 
 METRICS = ("loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
 FINETUNE = 3  # the first number of a draw's key, after the seed
@@ -34,6 +39,9 @@ SHOWN_CLASSES, SHOWN_IMAGES = 10, 4
 """Rows and columns of a preview."""
 PREVIEW_STEPS = 10
 """Sampling steps of a preview: enough to see what the weights have learned, and soon done."""
+RESIDENT = 0.5
+"""Share of the device's free memory that latents may take there."""
+ALONE = Ranks(0, 1, "cpu")
 
 
 def finetune(
@@ -45,50 +53,75 @@ def finetune(
     were trained), `metrics.jsonl` (every step) and `metrics.csv` (every `log_every` steps). Returns the last metrics.
     A killed run goes on from its last checkpoint.
     """
-    set_threads(config.threads)
+    set_threads(config.threads, device)
     encoded, made = open_artifact(latents, "latents"), open_artifact(generator, "generator")
     if encoded.manifest.inputs["generator"] != made.digest:
         raise DiffstillError(f"{latents}: was encoded with another generator than {generator}; run `encode` again")
     refuse_foreign(denoiser)
     inputs = {"latents": encoded, "generator": made}
-    data = _Latents.open(encoded, device)
-    last: dict[str, float] = {}
-    with WorkFolder("finetune", config, inputs) as work, new_artifact(denoiser, "denoiser", config, inputs) as draft:
+    with joined(device) as ranks, ExitStack() as written:
+        data = Latents.open(encoded, ranks.device)
+        work = written.enter_context(WorkFolder("finetune", config, inputs)) if ranks.main else None
+        draft = written.enter_context(new_artifact(denoiser, "denoiser", config, inputs)) if ranks.main else None
         for seed in config.seeds:
-            run = _Finetune(config, seed, data, load_generator(generator, made.facts["frequency_shift"]).to(device))
+            run = FineTuning(config, seed, data, open_generator(made).to(ranks.device), ranks)
             run.train(work, record)
-            last = run.write(draft.folder / f"seed-{seed}")
-            record.file(draft.folder / f"seed-{seed}" / "metrics.csv")
-        draft.facts |= _facts(config, run)
-    work.clear()
-    return last
+            if draft:
+                run.write(draft.folder / f"seed-{seed}")
+                record.file(draft.folder / f"seed-{seed}" / "metrics.csv")
+        if draft:
+            draft.facts |= _facts(config, run)
+    if work:
+        work.clear()
+    return run.last()
 
 
-def _facts(config: FinetuneConfig, run: _Finetune) -> dict[str, object]:
-    names = ("seeds", "policy", "capacity_real", "capacity_gen", "steps", "lambda_real", "lambda_gen", "update", "trainable")
+def _facts(config: FinetuneConfig, run: FineTuning) -> dict[str, object]:
+    names = ("seeds", "policy", "capacity_real", "capacity_gen", "lambda_real", "lambda_gen", "update", "trainable")
     return {
         **{name: getattr(config, name) for name in names},
         "seeds": list(config.seeds),
+        "steps": run.steps,
         "parameters": sum(weight.numel() for weight in run.opened.transformer.parameters()),
         "trained_parameters": sum(weight.numel() for weight in run.training.weights),
     }
 
 
 @dataclass(frozen=True)
-class _Latents:
-    """The training latents: mean and std (N, F, C, h, w), scaled; labels (N,) on the CPU."""
+class Latents:
+    """The training latents as they are stored: mean and std (N, F, C, h, w) float16, unscaled; labels (N,) on the CPU."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | Rows
+    std: Tensor | Rows
     labels: Tensor
     classes: int
+    scaling: float
     device: str
 
     @staticmethod
-    def open(encoded: Artifact, device: str) -> _Latents:
-        arrays, scaling = read_shards(encoded.folder, "train"), encoded.facts["scaling_factor"]
-        mean, std = (torch.from_numpy(arrays[name].astype(np.float32) * scaling).to(device) for name in ("mean", "std"))
-        return _Latents(mean, std, torch.from_numpy(arrays["labels"]), len(encoded.facts["classes"]), device)
+    def open(encoded: Artifact, device: str) -> Latents:
+        """On the device where they take no more than `RESIDENT` of its free memory, else read from disk as they are drawn."""
+        facts = encoded.facts
+        mean, std, labels = (Rows(encoded.folder, "train", name) for name in ("mean", "std", "labels"))
+        found: list[Tensor | Rows] = [mean, std]
+        if 2 * 2 * math.prod(mean.shape) <= RESIDENT * free_memory(device):
+            found = [torch.from_numpy(rows[:]).to(device) for rows in (mean, std)]
+        return Latents(found[0], found[1], torch.from_numpy(labels[:]), len(facts["classes"]), facts["scaling_factor"], device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return tuple(self.mean.shape[2:])
+
+    def take(self, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled mean and std of images `rows` (B,), each in its view (B,): (B, C, h, w) float32 on the device."""
+        mean, std = (self._chosen(kept, rows, views).float() * self.scaling for kept in (self.mean, self.std))
+        return mean, std
+
+    def _chosen(self, kept: Tensor | Rows, rows: Tensor, views: Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept[sent(rows, self.device), sent(views, self.device)]
+        return sent(torch.from_numpy(kept[rows.numpy()])[torch.arange(len(rows)), views], self.device)
 
     def members(self) -> list[Array]:
         """The image numbers of each class."""
@@ -97,42 +130,47 @@ class _Latents:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Everything that a step draws: a pure function of (seed, step)."""
+    """Everything that a step draws, a pure function of (seed, step); `classes`, `t` and `dropped` are on the CPU."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
-    labels: Tensor
+    classes: Tensor
     dropped: Tensor
 
+    def __getitem__(self, rows: slice) -> _Batch:
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
-class _Finetune:
+
+class FineTuning:
     """One fine-tune: its weights, its memories and how a step goes."""
 
-    def __init__(self, config: FinetuneConfig, seed: int, data: _Latents, opened: Generator) -> None:
-        self.config, self.seed, self.data, self.opened = config, seed, data, opened
+    def __init__(self, config: FinetuneConfig, seed: int, data: Latents, opened: Generator, ranks: Ranks = ALONE) -> None:
+        self.config, self.seed, self.data, self.ranks = config, seed, data, ranks
+        self.steps = config.steps if config.epochs is None else config.epochs * len(data.labels) // config.batch_size or 1
+        self.mine = ranks.rows(config.batch_size)
         if config.balanced and config.batch_size % data.classes:
             raise DiffstillError(
                 f"`finetune.balanced` needs a batch size that is a multiple of the {data.classes} classes, not {config.batch_size}; change `finetune.batch_size`"
             )
-        if opened.learned_variance:
-            raise DiffstillError(
-                "this generator predicts a variance beside the noise; fine-tuning one is not supported yet, use a generator that predicts noise alone"
-            )
         self.names = list(chosen := choose_trainable(opened.transformer, config.trainable))
+        self.opened = opened.accelerate(config.precision, compiled=config.compile, checkpointing=config.gradient_checkpointing)
+        self.opened.parallel = ranks.wrap(opened.transformer)
         self.training = Training(list(chosen.values()), config.learning_rate, config.ema_decay, config.weight_decay)
-        self.alphas_cumprod = opened.alphas_cumprod()
+        self.alphas_cumprod = opened.alphas_cumprod().to(data.device)
         self.members = data.members()
         self.memories = self._empty_memories()
         self.candidates = {name: _Candidates(config.epoch_candidates) for name in self.memories}
-        self.history = torch.zeros(config.steps, len(METRICS), device=data.device)
+        self.history = torch.zeros(self.steps, len(METRICS), device=data.device)
+        self.drawn = _Ahead(self.draw) if torch.device(data.device).type == "cuda" else self.draw
 
     def _empty_memories(self) -> dict[str, ClassMemory]:
         policy = self.config.policy
         if policy == "none":
             return {}
-        dim = self.data.mean[0, 0].numel()
+        dim = math.prod(self.data.shape)
         capacities = {"real": self.config.capacity_real, "gen": self.config.capacity_gen}
+        self._refuse_crowding(sum(capacities.values()) * self.data.classes * dim * 4)
         return {name: ClassMemory(self.data.classes, capacity, dim, policy, self.data.device) for name, capacity in capacities.items()}
 
     def draw(self, step: int) -> _Batch:
@@ -143,38 +181,51 @@ class _Finetune:
         view = torch.randint(data.mean.shape[1], (size,), generator=draws)
         t = torch.randint(len(self.alphas_cumprod), (size,), generator=draws)
         dropped = torch.rand(size, generator=draws) < config.label_drop
-        noise, eps = torch.randn((2, size, *data.mean.shape[2:]), generator=draws).to(data.device)
-        at, of = rows.to(data.device), view.to(data.device)
-        return _Batch(data.mean[at, of] + data.std[at, of] * noise, eps, t, data.labels[rows], dropped)
+        noise, eps = sent(torch.randn((2, size, *data.shape), generator=draws), data.device)
+        mean, std = data.take(rows, view)
+        return _Batch(mean + std * noise, eps, t, data.labels[rows], dropped)
 
     def step(self) -> None:
-        """One optimiser step: L_diffusion + lambda_real L_real + lambda_gen L_gen, then the memories take the batch in."""
-        config, done, device = self.config, self.training.done, self.data.device
-        batch = self.draw(done)
-        abar_t = self.alphas_cumprod[batch.t].to(device)
-        x_t = add_noise(batch.x0, batch.eps, abar_t)
-        labels = drop_labels(batch.labels, batch.dropped, self.opened.null_label).to(device)
-        eps_theta = self.opened.predict_noise(x_t, batch.t.to(device), labels)
-        loss = denoising_loss(eps_theta, batch.eps)
-        x0_hat = predicted_clean(x_t, eps_theta, abar_t).flatten(1)
+        """One optimiser step: L_diffusion + lambda_real L_real + lambda_gen L_gen, then the memories take the batch in.
+
+        This rank predicts its rows; both terms are of the whole batch, so that they do not depend on the number of ranks.
+        """
+        config, done = self.config, self.training.done
+        batch = self.drawn(done)
+        loss, x0_hat = self._predict(batch[self.mine])
+        x0_hat = self.ranks.gather(x0_hat)
         usable = self._usable(batch)
-        loss_real, loss_gen = self._terms(x0_hat, batch.labels, usable)
+        at, of = sent(usable, x0_hat.device), batch.classes[usable]
+        loss_real, loss_gen = self._terms(x0_hat[at], of)
         self.training.advance(loss + config.lambda_real * loss_real + config.lambda_gen * loss_gen)
-        self._remember({"real": (batch.x0.flatten(1), batch.labels), "gen": (x0_hat.detach()[usable.to(device)], batch.labels[usable])})
-        self.history[done] = torch.stack([loss.detach(), loss_real.detach(), loss_gen.detach(), *self._fill()])
+        self._remember({"real": (batch.x0.flatten(1), batch.classes), "gen": (x0_hat.detach()[at], of)})
+        self.history[done] = torch.stack([self.ranks.mean(loss.detach()), loss_real.detach(), loss_gen.detach(), *self._fill()])
+
+    def _predict(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """L_diffusion and x0_hat (B, D) of a batch."""
+        device, channels = self.data.device, batch.x0.shape[1]
+        t = sent(batch.t, device)
+        abar_t = self.alphas_cumprod[t]
+        x_t = add_noise(batch.x0, batch.eps, abar_t)
+        labels = drop_labels(self.opened.labels_of(batch.classes), batch.dropped, self.opened.null_label)
+        output = self.opened.predict(x_t, t, sent(labels, device))
+        eps_theta = output[:, :channels]
+        loss = denoising_loss(eps_theta, batch.eps)
+        if self.opened.learned_variance:
+            loss = loss + variational_loss(output, batch.x0, x_t, t, self.alphas_cumprod)
+        return loss, predicted_clean(x_t, eps_theta, abar_t).flatten(1)
 
     def _usable(self, batch: _Batch) -> Tensor:
-        """Predictions that may meet the memories: conditional ones and, if asked for, those from little noise. (B,) on the CPU."""
+        """The rows of predictions that may meet the memories: conditional ones and, if asked for, those from little noise. On the CPU."""
         bound = self.config.max_timestep
-        return ~batch.dropped if bound is None else ~batch.dropped & (batch.t < bound)
+        return (~batch.dropped if bound is None else ~batch.dropped & (batch.t < bound)).nonzero().flatten()
 
-    def _terms(self, x0_hat: Tensor, labels: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, x0_hat: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """L_real and L_gen of the usable predictions."""
         if not self.memories:
             return x0_hat.new_zeros(()), x0_hat.new_zeros(())
-        device = x0_hat.device
-        chosen, classes = x0_hat[usable.to(device)], labels[usable].to(device)
-        return representativeness(chosen, classes, self.memories["real"]), diversity(chosen, classes, self.memories["gen"])
+        of = sent(classes, x0_hat.device)
+        return representativeness(x0_hat, of, self.memories["real"]), diversity(x0_hat, of, self.memories["gen"])
 
     def _remember(self, newcomers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Let the batch join the memories now, or once the epoch is over."""
@@ -187,6 +238,15 @@ class _Finetune:
             if self._epoch_ends():
                 memory.add(*self.candidates[name].release())
 
+    def _refuse_crowding(self, size: int) -> None:
+        """The memories grow with the classes: 2.1 GB for 1,000 of them, 64 entries each, at the paper's size."""
+        free = free_memory(self.data.device)
+        if size > free:
+            raise DiffstillError(
+                f"the memories of {self.data.classes} classes take {size / 2**30:.1f} GiB, but {self.data.device} has {free / 2**30:.1f} GiB left; "
+                "lower `finetune.capacity_real` and `finetune.capacity_gen`"
+            )
+
     def _epoch_ends(self) -> bool:
         seen, images = self.training.done * self.config.batch_size, len(self.data.labels)  # this step's batch included
         return seen // images > (seen - self.config.batch_size) // images
@@ -197,31 +257,30 @@ class _Finetune:
             return [torch.zeros((), device=self.data.device)] * 2
         return [self.memories[name].filled.float().mean() for name in ("real", "gen")]
 
-    def train(self, work: WorkFolder, record: Record) -> None:
-        """Step until the end, from the last checkpoint if there is one."""
+    def train(self, work: WorkFolder | None, record: Record) -> None:
+        """Step until the end, from the last checkpoint if there is one; only the main rank has a folder for them."""
         name = f"seed-{self.seed}"
-        saved = work.load(name)
+        saved = self.ranks.share(work.load(name) if work else None)
         if saved is not None:
             self._load(saved)
         else:
             self._preview(record)
-        with record.progress(
-            f"finetune {name}", self.config.steps * self.config.batch_size, "img", self.training.done * self.config.batch_size
-        ) as bar:
-            while self.training.done < self.config.steps:
+        with record.progress(f"finetune {name}", self.steps * self.config.batch_size, "img", self.training.done * self.config.batch_size) as bar:
+            while self.training.done < self.steps:
                 self.step()
                 bar.update(self.config.batch_size)
                 self._preview(record)
-                if self.training.done % self.config.checkpoint_every == 0 or self.training.done == self.config.steps:
+                if self.training.done % self.config.checkpoint_every == 0 or self.training.done == self.steps:
                     self._refuse_divergence()
-                    work.save(name, self._state())
+                    if work:
+                        work.save(name, self._state())
         for step, values in self._rows():
             record.metrics({f"{name}/{metric}": value for metric, value in values.items()}, step)
 
     def _preview(self, record: Record) -> None:
         """Show what the averaged weights draw, where that is due: before the first step, every so often, after the last."""
         every, done = self.config.preview_every, self.training.done
-        if every and (done % every == 0 or done == self.config.steps):
+        if every and self.ranks.main and (done % every == 0 or done == self.steps):
             self._refuse_divergence()
             record.image(f"seed-{self.seed}/preview", self._sheet, done)
 
@@ -266,22 +325,37 @@ class _Finetune:
         """The logged steps, from 1, with their metrics."""
         values = self.history.cpu().tolist()
         every = self.config.log_every
-        return [
-            (step, dict(zip(METRICS, values[step - 1], strict=True))) for step in range(1, self.config.steps + 1) if step % every == 0 or step == 1
-        ]
+        return [(step, dict(zip(METRICS, values[step - 1], strict=True))) for step in range(1, self.steps + 1) if step % every == 0 or step == 1]
 
-    def write(self, folder: Path) -> dict[str, float]:
-        """Write the averaged weights and the metrics; returns the last metrics."""
+    def write(self, folder: Path) -> None:
+        """Write the averaged weights that have moved, and the metrics."""
         folder.mkdir(parents=True)
-        delta = dict(zip(self.names, (average.cpu().contiguous() for average in self.training.average), strict=True))
-        save_file(delta, folder / "delta.safetensors")
+        averages = dict(zip(self.names, self.training.average, strict=True))
+        save_file(take_delta(averages, moved_labels(self.opened, self.data.classes)), folder / "delta.safetensors")
         lines = [dict(zip(("step", *METRICS), (step, *values), strict=True)) for step, values in enumerate(self.history.cpu().tolist(), start=1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with (folder / "metrics.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ("step", *METRICS), lineterminator="\n")
             writer.writeheader()
             writer.writerows({"step": step, **values} for step, values in self._rows())
-        return {name: value for name, value in lines[-1].items() if name != "step"}
+
+    def last(self) -> dict[str, float]:
+        """The metrics of the last step."""
+        return dict(zip(METRICS, self.history[-1].tolist(), strict=True))
+
+
+class _Ahead:
+    """Draws the batch of the next step while the device computes this one."""
+
+    def __init__(self, draw: Callable[[int], _Batch]) -> None:
+        self._draw, self._pool = draw, ThreadPoolExecutor(1)
+        self._coming: dict[int, Future[_Batch]] = {}
+
+    def __call__(self, step: int) -> _Batch:
+        coming = self._coming.pop(step, None)
+        batch = coming.result() if coming else self._draw(step)
+        self._coming = {step + 1: self._pool.submit(self._draw, step + 1)}
+        return batch
 
 
 class _Candidates:

@@ -3,44 +3,81 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffstill.artifacts import Artifact, WorkFolder, load_split, new_artifact, open_artifact, refuse_foreign, to_pixels, to_unit
+from diffstill.artifacts import (
+    MANIFEST,
+    Artifact,
+    WorkFolder,
+    load_split,
+    new_artifact,
+    open_artifact,
+    read_manifest,
+    refuse_foreign,
+    to_pixels,
+    to_unit,
+)
 from diffstill.config import DitConfig, PretrainConfig, VaeConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, sample_latents
 from diffstill.errors import DiffstillError
-from diffstill.networks import STOCK_FREQUENCY_SHIFT, Generator, build_scheduler, build_transformer, build_vae, load_generator, save_generator
+from diffstill.networks import (
+    DECODED_AT_ONCE,
+    ORIGINAL_FREQUENCY_SHIFT,
+    STOCK_FREQUENCY_SHIFT,
+    Generator,
+    add_labels,
+    build_scheduler,
+    build_transformer,
+    build_vae,
+    load_generator,
+    load_vae,
+    save_generator,
+    set_frequency_shift,
+)
 from diffstill.pictures import contact_sheet, save_png
+from diffstill.pretrained import class_map, known_licence, map_classes, read_checkpoint, weights_digest
 from diffstill.record import Record, ignore
 from diffstill.training import Training, batch_indices, pack, seeded, set_threads
 
+log = logging.getLogger("diffstill")
 LOG_EVERY = 50  # steps
+JUDGED = 1024
+"""Images of val that judge the autoencoder: enough for a mean, and bounded."""
 VAE, DIT = 1, 2  # the first number of a draw's key, after the seed: which network it is for
 Loss = Callable[[int], Tensor]
 """The loss of a step, by its number."""
 
 
 def pretrain(
-    config: PretrainConfig, *, images: Path, generator: Path, weights: Path | None = None, device: str = "cpu", record: Record = ignore
+    config: PretrainConfig,
+    *,
+    images: Path,
+    generator: Path,
+    weights: Path | None = None,
+    autoencoder: Path | None = None,
+    device: str = "cpu",
+    record: Record = ignore,
 ) -> dict[str, float]:
-    """Train a small autoencoder and a small DiT on the training split, or take over a DiTPipeline folder: `weights`, or `config.location`.
+    """Train a small autoencoder and a small DiT on the training split, or take over pretrained weights.
 
-    Writes the `generator` artifact at `generator`. Returns the reconstruction error on val (mean squared, images in
-    -1..1) and the parameter counts. A killed run goes on from its last checkpoint.
+    These are `weights`, or what `config.location` names, and `autoencoder`, or `config.autoencoder`. Writes the `generator`
+    artifact at `generator`, with the class map of pretrained weights. Returns the reconstruction error on val (mean
+    squared, images in -1..1). A killed run goes on from its last checkpoint.
     """
-    set_threads(config.threads)
+    set_threads(config.threads, device)
     real = open_artifact(images, "images")
     refuse_foreign(generator)
-    if config.source == "folder":
-        return _take_over(config, real, weights or Path(config.location or ""), generator, device, record)
-    if weights:
-        raise DiffstillError(f"{weights}: weights are given, but `pretrain.source` is scratch; set it to folder, or give no weights")
+    if config.source != "scratch":
+        return _take_over(config, real, weights or _named(config.location), autoencoder or _named(config.autoencoder), generator, device, record)
+    if weights or autoencoder:
+        raise DiffstillError(f"{weights or autoencoder}: weights are given, but `pretrain.source` is scratch; set it to folder, or give no weights")
     with WorkFolder("pretrain", config, {"images": real}) as work:
         metrics = _make(config, real, generator, work, device, record)
         work.clear()
@@ -58,8 +95,9 @@ def _make(config: PretrainConfig, real: Artifact, generator: Path, work: WorkFol
 
 def _facts(made: Generator, real: Artifact) -> dict[str, object]:
     return {
-        "frequency_shift": STOCK_FREQUENCY_SHIFT,
+        "frequency_shift": made.frequency_shift,
         "classes": real.facts["classes"],
+        "labels": list(made.labels) if made.labels is not None else None,
         "side": real.facts["side"],
         "channels": real.facts["channels"],
         "null_label": made.null_label,
@@ -68,17 +106,71 @@ def _facts(made: Generator, real: Artifact) -> dict[str, object]:
     }
 
 
-def _take_over(config: PretrainConfig, real: Artifact, source: Path, generator: Path, device: str, record: Record) -> dict[str, float]:
-    made = load_generator(source)
+def _named(location: str | None) -> Path | None:
+    return Path(location).expanduser() if location else None
+
+
+def _take_over(
+    config: PretrainConfig, real: Artifact, source: Path | None, autoencoder: Path | None, generator: Path, device: str, record: Record
+) -> dict[str, float]:
+    """Pretrained weights with a label for every class, as a folder of our own."""
+    if source is None:
+        raise DiffstillError("`pretrain.location` is null, but pretrained weights are asked for; name their folder or file")
+    licence = config.licence or known_licence(config)
+    log.warning("pretrained weights: %s", licence)
+    made = _opened(config, source, autoencoder)
     _check_fit(made, real, source)
-    made.to(device)
+    names = _label_names(source)
+    found = map_classes(real.facts["classes"], names, made.null_label, config.labels)
+    added = [one for one in found if one.new]
+    if added:
+        log.warning(
+            "%d of %d classes are new to the generator and get labels of their own: %s",
+            len(added),
+            len(found),
+            _shortened([one.name for one in added]),
+        )
+    table = [*(names or map(str, range(made.null_label))), *(one.name for one in added)]
+    made = replace(made, transformer=add_labels(made.transformer, [one.copied for one in added]), labels=[one.label for one in found]).to(device)
     with new_artifact(generator, "generator", config, {"images": real}) as draft:
         metrics = _judge(made, real, draft.folder, record)
-        draft.facts |= _facts(made, real) | metrics
-        for part in ("transformer", "vae", "scheduler"):
-            shutil.copytree(source / part, draft.folder / part)
-        shutil.copy(source / "model_index.json", draft.folder)
+        draft.facts |= (
+            _facts(made, real) | metrics | {"licence": licence, "weights": weights_digest(source), "learned_variance": made.learned_variance}
+        )
+        (draft.folder / "class_map.json").write_text(json.dumps(class_map(found), indent=1) + "\n")
+        save_generator(made.to("cpu"), draft.folder, table)
     return metrics
+
+
+def _opened(config: PretrainConfig, source: Path, autoencoder: Path | None) -> Generator:
+    """The pretrained networks, with the timestep frequencies that they were trained with."""
+    vae = load_vae(autoencoder) if autoencoder else None
+    if config.source == "checkpoint":
+        schedule = {"num_train_timesteps": config.timesteps, "beta_start": config.beta_start, "beta_end": config.beta_end, "beta_schedule": "linear"}
+        made = Generator(read_checkpoint(_only_file(source)), vae, schedule)
+    else:
+        made = load_generator(source, _shift_of(config, source))
+        made = replace(made, vae=vae or made.vae)
+    if config.frequency_shift is not None:
+        set_frequency_shift(made.transformer, float(config.frequency_shift))
+    return made
+
+
+def _shift_of(config: PretrainConfig, source: Path) -> float:
+    """A generator of ours says it in its manifest; the weights on the hub are those of the original DiT code."""
+    if (source / MANIFEST).is_file():
+        return float(read_manifest(source, "generator").facts["frequency_shift"])
+    return ORIGINAL_FREQUENCY_SHIFT if "facebook/DiT" in (config.location or "") else STOCK_FREQUENCY_SHIFT
+
+
+def _only_file(source: Path) -> Path:
+    """The checkpoint itself, or the only one in a folder."""
+    if not source.is_dir():
+        return source
+    files = sorted(path for path in source.rglob("*") if path.suffix in (".pt", ".pth"))
+    if len(files) != 1:
+        raise DiffstillError(f"{source}: holds {len(files)} files *.pt, where one is expected; name the file in `pretrain.location`")
+    return files[0]
 
 
 def _check_fit(made: Generator, real: Artifact, source: Path) -> None:
@@ -89,13 +181,18 @@ def _check_fit(made: Generator, real: Artifact, source: Path) -> None:
             f"{source}: makes images of {config.in_channels} x {side} px, but `prepare` gave {facts['channels']} x {facts['side']} px; "
             f"set `prepare.channels: {config.in_channels}` and `prepare.side: {side}`"
         )
-    named = json.loads((source / "model_index.json").read_text()).get("id2label") or {}
-    labels = [str(named.get(str(label))) for label in range(made.null_label)] if named else facts["classes"]
-    if labels != facts["classes"] or made.null_label != len(facts["classes"]):
+    if config.latent_channels != made.latent_shape[0]:
         raise DiffstillError(
-            f"{source}: has {made.null_label} labels ({_shortened(labels)}), but the images have {len(facts['classes'])} classes ({_shortened(facts['classes'])}); "
-            "they must be the same in the same order, so choose and order them with `prepare.classes`"
+            f"{source}: the transformer takes latents of {made.latent_shape[0]} channels, the autoencoder gives {config.latent_channels}; "
+            "choose another `pretrain.autoencoder`"
         )
+
+
+def _label_names(source: Path) -> list[str] | None:
+    """The names of the labels, where the folder has them all."""
+    index = source / "model_index.json"
+    named = (json.loads(index.read_text()).get("id2label") if index.is_file() else None) or {}
+    return [str(named[str(label)]) for label in range(len(named))] if named and all(str(label) in named for label in range(len(named))) else None
 
 
 def _shortened(names: list[str], shown: int = 5) -> str:
@@ -192,24 +289,30 @@ def _moments(made: Generator, images: Tensor, chunk: int = 256) -> tuple[Tensor,
 def _judge(made: Generator, real: Artifact, folder: Path, record: Record) -> dict[str, float]:
     """Reconstruction error on val; a picture of val images above their reconstructions, and one of guided samples."""
     device = next(made.vae.parameters()).device
-    images = torch.from_numpy(to_unit(load_split(real, "val")[0])).to(device)
-    rebuilt = torch.cat([made.vae.decode(made.encode(part)[0]).sample for part in images.split(256)])
+    images = torch.from_numpy(to_unit(load_split(real, "val")[0][:JUDGED])).to(device)
+    rebuilt = torch.cat([made.vae.decode(made.encode(part)[0]).sample for part in images.split(_at_once(images))])
     _show(torch.stack([images[:16], rebuilt[:16]]), folder / "reconstructions.png", record)
     _show(_samples(made, len(real.facts["classes"]), device), folder / "samples.png", record)
     return {"reconstruction_mse": float((rebuilt - images).square().mean())}
 
 
+def _at_once(images: Tensor) -> int:
+    """Images per pass through the autoencoder: as many as hold the pixels of 256 small ones, at least one."""
+    return max(1, min(256, 2**22 // images[0].numel()))
+
+
 def _samples(made: Generator, classes: int, device: torch.device, rows: int = 4, shown: int = 10) -> Tensor:
     """Guided samples of the first `shown` classes, (rows, shown, channels, side, side)."""
-    labels = torch.arange(min(classes, shown), device=device).repeat(rows)
+    labels = made.labels_of(torch.arange(min(classes, shown), device=device).repeat(rows))
     scheduler = build_scheduler("ddim", made.scheduler, learned_variance=False)
     draws = [seeded(0, number) for number in range(len(labels))]
     steps = min(25, made.scheduler["num_train_timesteps"])
     latents = sample_latents(
         made.predict_noise, scheduler, labels, draws, shape=made.latent_shape, null_label=made.null_label, guidance=2.0, steps=steps
     )
-    decoded: Tensor = made.decode(latents).unflatten(0, (rows, -1))
-    return decoded
+    decoded = torch.cat([made.decode(part) for part in latents.split(DECODED_AT_ONCE)])
+    grid: Tensor = decoded.unflatten(0, (rows, -1))
+    return grid
 
 
 def _show(rows: Tensor, path: Path, record: Record) -> None:

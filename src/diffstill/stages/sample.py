@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffstill.artifacts import Array, Artifact, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import SampleConfig
 from diffstill.errors import DiffstillError
-from diffstill.networks import Generator, apply_delta, load_generator
+from diffstill.networks import Generator, apply_delta, open_generator
 from diffstill.pictures import contact_sheet, read_png, save_png, to_image
 from diffstill.record import Record, ignore
 from diffstill.shards import Share
@@ -59,7 +59,7 @@ def sample(
     ("0/3") only that share of the images; with `parts`, the artifacts of all shards, it gathers these instead of
     drawing. Returns the number of images drawn here.
     """
-    set_threads(config.threads)
+    set_threads(config.threads, device)
     made = open_artifact(generator, "generator")
     tuned = open_artifact(denoiser, "denoiser") if denoiser else None
     if tuned and tuned.manifest.inputs["generator"] != made.digest:
@@ -114,12 +114,12 @@ def _sources(config: SampleConfig, made: Artifact, tuned: Artifact | None, devic
     """One source per fine-tune."""
 
     def load(tune: int | None) -> Generator:
-        opened = load_generator(made.folder, made.facts["frequency_shift"])
+        opened = open_generator(made)
         if config.steps > (timesteps := len(opened.alphas_cumprod())):
             raise DiffstillError(f"`sample.steps` {config.steps} exceeds the generator's {timesteps} timesteps; lower it")
         if tuned and tune is not None:
             apply_delta(opened.transformer, load_file(tuned.folder / f"seed-{tune}" / "delta.safetensors"))
-        return opened.to(device)
+        return opened.to(device).accelerate(config.precision, compiled=config.compile)
 
     tunes = tuned.facts["seeds"] if tuned else [None]
     if len(tunes) == 1:
@@ -153,8 +153,8 @@ def _chunks(config: SampleConfig, labels: list[int], seeds: tuple[int, ...]) -> 
 
 def _draw(config: SampleConfig, opened: Generator, slots: list[_Slot]) -> Array:
     """The images of `slots`: uint8 (N, channels, side, side)."""
-    labels, noise = [slot.label for slot in slots], [slot.generator() for slot in slots]
-    drawn = opened.draw(labels, noise, sampler=config.sampler, steps=config.steps, guidance=config.guidance)
+    classes, noise = [slot.label for slot in slots], [slot.generator() for slot in slots]
+    drawn = opened.draw(classes, noise, sampler=config.sampler, steps=config.steps, guidance=config.guidance)
     return to_pixels(drawn.float().cpu().numpy())
 
 
