@@ -5,12 +5,14 @@ memories of 64. Timed by turns in one process. MFU is images/s x 2 x (FLOP of a 
 the same run): a step needs the forward pass and the gradients of activations, and none of the weights'; what is computed twice does
 not count. `--compile` and `--precision bf16` are what the presets for GPUs use. `--only ours` leaves the plain loop out, as
 `--trace FILE` does, which writes a profile for chrome://tracing and prints the kernels that take longest. `--ablate` goes from the plain
-loop to ours one change after the other.
+loop to ours one change after the other, on a CPU with what each part of a step takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -73,16 +75,52 @@ def ablation(
     return ways
 
 
+PARTS = {
+    "data": ("_data", "draw", "__call__:finetune.py"),
+    "terms": ("_terms",),
+    "backward": ("backward:_tensor.py",),
+    "optimiser": ("step:adamw.py", "wrapper:optimizer.py"),
+    "memories": ("add",),
+}
+"""What a step does, by the functions that do it; forward pass, average and the rest are what is left."""
+
+
+def parts(step: Callable[[], object], steps: int) -> dict[str, float]:
+    """Milliseconds a step in each part, by Python's profiler: for a CPU, where a function ends when its work is done."""
+    step()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(steps):
+        step()
+    profiler.disable()
+    found = dict.fromkeys(PARTS, 0.0)
+    whole = 0.0
+    for (path, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        places = (name, f"{name}:{Path(path).name}")
+        if name == "step" and Path(path).name in ("baseline.py", "finetune.py"):
+            whole += cumulative
+        for part, functions in PARTS.items():
+            if ":" not in name and any(place in functions for place in places) and "torch/_dynamo" not in path:
+                found[part] = max(found[part], cumulative)
+    found["forward and rest"] = whole - sum(found.values())
+    return {part: 1e3 * seconds / steps for part, seconds in found.items()}
+
+
 def show_ablation(ways: dict[str, Callable[[], object]], batch: int, given: argparse.Namespace) -> None:
     """A row per change, with what it gains over the row before and over the first."""
     found = by_turns(ways, given.device, steps=given.steps, warm=given.warm, blocks=given.blocks)
-    table = Table(f"batch {batch}: the plain loop, and each change", "ms a step (least to most)", "gain over the row before", "over the plain loop")
+    profiled = {name: parts(step, 3) for name, step in ways.items()} if given.device == "cpu" else {}
+    heads = [f"{part}, ms" for part in next(iter(profiled.values()), {})]
+    table = Table(
+        f"batch {batch}: the plain loop, and each change", "ms a step (least to most)", "gain over the row before", "over the plain loop", *heads
+    )
     first = before = found["plain loop"]
     for name, own in found.items():
         shown = f"{1e3 * own.median:.1f} ({1e3 * min(own.times):.1f} to {1e3 * max(own.times):.1f})"
-        table.add_row(name, shown, f"{before.median / own.median:.2f}", f"{first.median / own.median:.2f}")
+        share = [f"{value:.1f}" for value in profiled.get(name, {}).values()]
+        table.add_row(name, shown, f"{before.median / own.median:.2f}", f"{first.median / own.median:.2f}", *share)
         before = own
-    Console(width=140).print(table)
+    Console(width=200).print(table)
 
 
 def profile(step: Callable[[], object], path: str, device: str) -> None:

@@ -82,7 +82,7 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
             sample_shards: The shards that sampling is cut into.
             params: The whole of params.yaml as JSON, for the record.
             needs: What the preflight checks, as JSON.
-            weights_uri: A diffusers DiTPipeline folder to start from; empty = train from scratch.
+            weights_uri: Pretrained weights to import; empty = train from scratch, or fetch from the hub what section `pretrain` names.
             data_version: What tells the data from other data at the same location; empty = the location does.
             publish: Section `publish` of params.yaml as JSON; empty = make no version in the registry.
 
@@ -166,7 +166,9 @@ def arguments(
         "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
         "params": params.canonical(),
         "needs": json.dumps(_needs(settings, params.publish if publish else None), sort_keys=True),
-        "weights_uri": (params.pretrain.location or "") if params.pretrain.source == "folder" else "",
+        "weights_uri": ""
+        if params.pretrain.source == "scratch" or (params.pretrain.location or "").startswith("hf://")
+        else params.pretrain.location or "",
         "data_version": data_version,
     }
 

@@ -7,13 +7,10 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from components.images import Images
-from pipelines.settings import InfraConfig, Resources
+from pipelines.nodes import QUEUE_LABEL, SHARED, SHARED_MEMORY, WORK, order
+from pipelines.settings import InfraConfig, Resources, TrainJobConfig
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_LABEL = "metadata.labels['pipeline/runid']"
-SHARED_MEMORY = "/dev/shm"  # noqa: S108  (inside the container)
-WORK = "/var/diffstill"
-"""Where the persistent volume for checkpoints is mounted."""
 NEVER_CACHED = ("preflight", "publish")
 """Tasks whose effect is outside: what they have done once may be gone."""
 
@@ -35,6 +32,8 @@ class Placement:
         task.set_caching_options(self.caching and name not in NEVER_CACHED)
         resources = self.infra.resources["finetune" if name == "preflight" else name]
         task.set_container_image(self.images.gpu if resources.gpus else self.images.cpu)
+        if name == "finetune" and self.infra.trainjob:
+            resources = self._launcher(task, self.infra.trainjob)
         _amounts(task, resources)
         _node(task, resources)
         if resources.gpus and self.infra.queue:
@@ -48,6 +47,14 @@ class Placement:
         if resources.retries and name != "preflight":
             task.set_retry(resources.retries, f"{resources.retry_seconds}s", 2.0, f"{resources.retry_max_seconds}s")
         return task
+
+    def _launcher(self, task: PipelineTask, nodes: TrainJobConfig) -> Resources:
+        """What a pod gets that only makes a TrainJob and follows it, in the image of its nodes, which the cache knows a task by."""
+        task.set_env_variable("DIFFSTILL_TRAINJOB", order(self.infra, nodes, task.container_spec.image).model_dump_json())
+        if nodes.claim:
+            kubernetes.mount_pvc(task, nodes.claim, SHARED)
+        small = {name: getattr(self.infra.resources["gather"], name) for name in ("cpu", "memory", "node_selector", "tolerations")}
+        return self.infra.resources["finetune"].model_copy(update={"gpus": 0, "shared_memory": None, **small})
 
     def _identity(self, task: PipelineTask) -> None:
         user = {"run_as_user": self.infra.run_as_user, "run_as_group": self.infra.run_as_user} if self.infra.run_as_user is not None else {}

@@ -23,7 +23,8 @@ Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 """The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 """An amount as Kubernetes writes it, like 500m or 64Gi."""
-RESERVED = ("PATH", "HOME", "PYTHONPATH", "DIFFSTILL_CHAIN", "DIFFSTILL_DEVICE", "DIFFSTILL_IMAGE", "DIFFSTILL_WORK")
+OWN = tuple(f"DIFFSTILL_{name}" for name in ("CHAIN", "DEVICE", "IMAGE", "RANKS", "TRAINJOB", "WORK"))
+RESERVED = ("PATH", "HOME", "PYTHONPATH", *OWN)
 Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
 
 
@@ -73,6 +74,25 @@ class Resources(Section):
     retry_seconds: Annotated[int, Field(ge=0)] = Field(30, description="pause before the first retry, doubled before each further one")
     retry_max_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(600, description="longest pause before a retry")
 
+    @model_validator(mode="after")
+    def _room_to_talk(self) -> Self:
+        if self.gpus > 1 and self.shared_memory is None:
+            raise ValueError(
+                f"`gpus` is {self.gpus}, whose processes talk through shared memory, but `shared_memory` is null, which leaves them 64 MiB; set it, like 16Gi"
+            )
+        return self
+
+
+class TrainJobConfig(Section):
+    """Several nodes for fine-tuning, by a TrainJob of Kubeflow Trainer v2; each gets what `resources.finetune` says."""
+
+    nodes: Annotated[int, Field(ge=1, le=64)] = Field(description="number of nodes")
+    runtime: Name = Field("torch-distributed", description="ClusterTrainingRuntime that starts them")
+    claim: Name | None = Field(
+        None, description="persistent volume claim (ReadWriteMany) by which artifacts reach the nodes; null = the S3 store where Kubeflow keeps them"
+    )
+    keep_failed: bool = Field(False, description="leave a TrainJob that has failed for a look at it")
+
 
 class InfraConfig(Section):
     """What all pods share, and what each task gets."""
@@ -96,6 +116,7 @@ class InfraConfig(Section):
     store: Annotated[str, Field(pattern=r"^s3://[^@\s]+$")] | None = Field(
         None, description="bucket and prefix that the preflight must be able to use; null = publish.store where the run publishes, else pipeline_root"
     )
+    trainjob: TrainJobConfig | None = Field(None, description="fine-tune on several nodes; null = in the pod of the task, on all its GPUs")
     disk_gib: Annotated[float, Field(ge=0)] = Field(10.0, description="free space that the preflight must find on the GPU node")
     resources: Mapping[str, Resources] = Field(description="what each task gets: one entry per stage, and `gather`, which joins shards")
 
@@ -116,6 +137,10 @@ class InfraConfig(Section):
         if wrong:
             raise ValueError(
                 f"variable {wrong[0]} is given twice, or is one that a task needs for itself; give each of `infra.secrets` and `infra.config_maps` another"
+            )
+        if self.trainjob and self.resources["finetune"].cpu is None:
+            raise ValueError(
+                "`infra.trainjob` is set, but `infra.resources.finetune.cpu` is null; Kubeflow's SDK follows no pods without: set it, like '8'"
             )
         return self
 

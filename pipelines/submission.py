@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from components.images import Images
 from diffstill import references
-from diffstill.config import Params
+from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError
 from diffstill.tracking import git_sha
 from pipelines.client import Arguments
@@ -70,7 +70,8 @@ def prepare(
 
 
 def pinned(params: Params, *, allow_unpushed: bool) -> Params:
-    """The parameters with data in a DVC repository named by commit and md5, so that the cache of the cluster knows it by content."""
+    """The parameters with data in a DVC repository, and weights on the hub, named by commit, so that the cache of the cluster knows them by content."""
+    params = params.model_copy(update={"pretrain": _pinned_weights(params.pretrain)})
     location = params.prepare.location
     if location is None:
         return params
@@ -90,12 +91,23 @@ def pinned(params: Params, *, allow_unpushed: bool) -> Params:
     return params.model_copy(update={"prepare": params.prepare.model_copy(update={"location": str(found)})})
 
 
+def _pinned_weights(config: PretrainConfig) -> PretrainConfig:
+    named = {name: references.parse(place) for name, place in (("location", config.location), ("autoencoder", config.autoencoder)) if place}
+    found = {name: str(references.pin(place)) for name, place in named.items() if isinstance(place, references.HubReference)}
+    return config.model_copy(update=found)
+
+
 def _refuse_weights(params: Params) -> None:
-    """Weights reach a cluster by its importer, which reads object stores and nothing else."""
-    location = params.pretrain.location
-    if location and not location.startswith(("s3://", "gs://", "minio://")):
+    """Weights reach a cluster by its importer, which reads object stores, or by the stage itself, which reads S3 and the hub."""
+    location, autoencoder = params.pretrain.location, params.pretrain.autoencoder
+    if location and not location.startswith(("s3://", "gs://", "minio://", "hf://")):
         raise DiffstillError(
             f"`pretrain.location` {location!r} is not in an object store, where a cluster could import it from; upload the folder and name it as s3://<bucket>/<prefix>"
+        )
+    if autoencoder and not references.parse(autoencoder):
+        raise DiffstillError(
+            f"`pretrain.autoencoder` {autoencoder!r} is a path of this machine, which the pods of a cluster do not see; "
+            f"name it as s3://<bucket>/<prefix> or {references.HUB_FORM}, or take ema or mse"
         )
 
 

@@ -1,6 +1,7 @@
 """What a component does with what Kubeflow hands it."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,17 @@ class Handed:
 
     def log_metric(self, metric: str, value: float) -> None:
         self.logged[metric] = value
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """A task logs to the standard error of its moment."""
+    root, own = logging.getLogger(), logging.getLogger("diffstill")
+    before = root.handlers[:], root.level, own.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    own.setLevel(before[2])
 
 
 def handed(folder: Path, *names: str) -> dict[str, Handed]:

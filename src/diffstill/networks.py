@@ -97,7 +97,7 @@ class Generator:
 
     def predict(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The transformer's output in float32: noise (N,C,h,w), or noise and variance (N,2C,h,w)."""
-        network = self.parallel or self.transformer
+        network = self.parallel if self.parallel and torch.is_grad_enabled() else self.transformer  # without gradients a rank may be alone
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output: Tensor = network(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
         return output.float() if self.precision == "bf16" else output

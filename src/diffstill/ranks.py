@@ -7,6 +7,7 @@ what is gathered is in the order of the whole batch, so that nothing depends on 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ class Ranks:
         if self.count == 1:
             return None
         cuda = torch.device(self.device).type == "cuda"
-        return nn.parallel.DistributedDataParallel(network, device_ids=[self.device] if cuda else None, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.13 would rather have `forward_sync_buffers`, which older ones do not know
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            return nn.parallel.DistributedDataParallel(network, device_ids=[self.device] if cuda else None, broadcast_buffers=False)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all ranks, (count n, ...), with gradient: of a loss that every rank computes from all of them.
@@ -114,9 +117,7 @@ def joined(device: str) -> Iterator[Ranks]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        ranks = Ranks(dist.get_rank(), count, device)
-        yield ranks
-        ranks.wait()
-    finally:
-        dist.destroy_process_group()
+    ranks = Ranks(dist.get_rank(), count, device)
+    yield ranks
+    ranks.wait()
+    dist.destroy_process_group()

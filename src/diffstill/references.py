@@ -89,12 +89,14 @@ Reference = DvcReference | S3Reference | HubReference
 HUB_FAILURE: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the hub's client raises on any failure to talk to it: that of its HTTP library, whichever it is."""
 HUB_FORM = "hf://<owner>/<repository>@<branch, tag or commit>"
+AUTOENCODERS = {name: f"hf://stabilityai/sd-vae-ft-{name}@main" for name in ("ema", "mse")}
 WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.md")
 """What is fetched of a hub repository."""
 
 
 def parse(location: str) -> Reference | None:
-    """The reference that a location is; None for paths and URLs, which are none. Raises `DiffstillError` on a malformed one."""
+    """The reference that a location is, or that the name of a known autoencoder stands for; None for paths and URLs, which are none. Raises `DiffstillError` on a malformed one."""
+    location = AUTOENCODERS.get(location, location)
     if location.startswith("s3://"):
         storage.refuse_malformed(location)
         return S3Reference(location)

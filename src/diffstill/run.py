@@ -30,7 +30,6 @@ from diffstill.registry import Registry, bring
 from diffstill.tracking import StageRun, stage_run
 
 log = logging.getLogger("diffstill")
-AUTOENCODERS = {name: f"hf://stabilityai/sd-vae-ft-{name}@main" for name in ("ema", "mse")}
 SHOWN = 8
 """A stage with more metrics than this does not list them on the terminal; all are in the side log and in MLflow."""
 
@@ -230,7 +229,7 @@ def _brought(stage: Stage, config: Section, paths: Mapping[str, Any]) -> tuple[S
     for name, named in stage.outside.items():
         given = paths.get(name)
         location = given if isinstance(given, str) else getattr(config, named)
-        if isinstance(given, Path) or not location or not (reference := parse(AUTOENCODERS.get(location, location))):
+        if isinstance(given, Path) or not location or not (reference := parse(location)):
             continue
         pinned = pin(reference)
         found[name] = fetch(pinned, cache_folder(), Listener()).folder
@@ -320,7 +319,7 @@ def _seen(output: Path) -> Path:
 def _outside(stage: Stage, config: Section) -> dict[str, str]:
     """What tells the data and weights that a stage takes from outside from others at the same places; nothing where it takes none."""
     places = {name: getattr(config, name) for name in stage.outside.values()}
-    return {name: f"{place} {_fingerprint(AUTOENCODERS.get(place, place))}" for name, place in places.items() if place}
+    return {name: f"{place} {_fingerprint(place)}" for name, place in places.items() if place}
 
 
 def _fingerprint(place: str) -> str:

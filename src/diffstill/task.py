@@ -1,6 +1,6 @@
 """What a component of the pipeline calls: one stage, with the artifacts and parameters that Kubeflow hands it.
 
-Nothing here knows Kubeflow: an artifact is anything with a `path`, metrics anything that takes a name and a number.
+Nothing here knows Kubeflow: an artifact is anything with a `path` (and, for several nodes, a `uri`), metrics anything that takes a name and a number.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffstill.config import Params, read_json
 from diffstill.doctor import Needs, preflight
-from diffstill.errors import DiffstillError
-from diffstill.run import STAGES, resolve_device, run_stage
+from diffstill.launch import Work, device_here, launch, one_message, ranks_here
+from diffstill.run import STAGES, run_stage
 from diffstill.summary import markdown
 from diffstill.tracking import open_chain
+from diffstill.trainjob import Order, train
 
 log = logging.getLogger("diffstill")
 
@@ -62,15 +61,12 @@ def run_task(
     `data_version` is there for Kubeflow's cache, which knows a task by what it is given. Bad input ends the process with
     one message and exit code 2, a set that the gate refuses with 3.
     """
-    with _one_message():
+    with one_message():
         if data_version:
             log.info("data version %s", data_version)
-        section = read_json(config, type(Params.model_fields[stage].default))
         options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
         paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}
-        if STAGES[stage].on_device:
-            options["device"] = resolve_device(os.environ.get("DIFFSTILL_DEVICE") or "auto")
-        measured = run_stage(stage, section, paths, step=step or stage, **options)
+        measured = _measured(stage, config, step or stage, paths, options, given)
         _write(metrics, json.dumps(measured))
         for name, value in measured.items():
             metrics.log_metric(name, value)
@@ -83,23 +79,23 @@ def run_task(
             _write(summary, _card(made) if stage == "publish" else markdown(made))
 
 
+def _measured(stage: str, config: str, step: str, paths: Mapping[str, Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, float]:
+    """Run the stage in this process, or, if it can, in one per GPU, or on the nodes of a TrainJob."""
+    section = read_json(config, type(Params.model_fields[stage].default))
+    if STAGES[stage].in_ranks:
+        work = Work(stage=stage, config=config, step=step, paths={name: str(path) for name, path in paths.items()})
+        if order := os.environ.get("DIFFSTILL_TRAINJOB"):
+            return train(work, read_json(order, Order), STAGES[stage].output, {name: given[name].uri for name in paths})
+        if (ranks := ranks_here()) > 1:
+            return launch(work, ranks)
+    return run_stage(stage, section, paths, step=step, device=device_here() if STAGES[stage].on_device else "cpu", **options)
+
+
 def run_preflight(needs: str, params: str) -> None:
     """Check that the run will find what it needs, and open its run in MLflow, before GPU time is spent."""
-    with _one_message():
+    with one_message():
         preflight(read_json(needs, Needs))
         open_chain(read_json(params, Params))
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """Progress to standard error; a user's error is one message and its exit code, a bug keeps its traceback."""
-    logging.basicConfig(format="diffstill: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
-    logging.getLogger("diffstill").setLevel(logging.INFO)
-    try:
-        yield
-    except DiffstillError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from error
 
 
 def _path(value: Any) -> Path | list[Path]:

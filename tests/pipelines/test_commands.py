@@ -17,13 +17,16 @@ from click.testing import CliRunner
 from kfp_server import SENTINEL, Fault, lonely_server
 
 from chains import contents
-from components.images import TAGGED
+from components.images import TAGGED, load_images
 from diffstill.artifacts import new_artifact, open_artifact
-from diffstill.config import preset, render_params
+from diffstill.config import Params, preset, render_params
+from diffstill.errors import DiffstillError
+from hub import hub
 from pipelines.__main__ import SETTINGS, main
 from pipelines.client import Cluster
 from pipelines.package import write_package
 from pipelines.settings import load_settings
+from pipelines.submission import pinned, prepare
 from servers import free_port, s3, s3_environment
 
 IMAGES = {name: f"registry.example.org/diffstill@sha256:{number * 64}" for name, number in (("cpu", "1"), ("gpu", "2"))}
@@ -181,6 +184,24 @@ def test_a_dry_run_needs_no_cluster(project):
     assert json.loads(submit("--dry-run", "--allow-dirty").stdout)["cluster"]["host"] is None
     assert "s3cret" not in refused(submit("--dry-run", "--allow-dirty", "--host", "https://ada:s3cret@example.org"))
     assert "no host of Kubeflow Pipelines is given" in refused(submit("--allow-dirty"))
+
+
+def test_weights_on_the_hub_are_pinned_and_those_of_this_machine_refused(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    values = preset("tiny").plain()
+    values["pretrain"] |= {"source": "folder", "location": "hf://someone/DiT@main", "autoencoder": "hf://someone/DiT@v1"}
+    with hub(tmp_path, "someone/DiT", {"main": "a" * 40, "v1": "b" * 40}) as (url, _):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        found = pinned(Params.model_validate_json(json.dumps(values)), allow_unpushed=False).pretrain
+    assert (found.location, found.autoencoder) == (f"hf://someone/DiT@{'a' * 40}", f"hf://someone/DiT@{'b' * 40}")
+    settings = load_settings(SETTINGS)
+    for name, place in (("location", "models/dit"), ("autoencoder", "models/vae")):
+        values["pretrain"] |= {"location": "s3://models/dit", "autoencoder": None, name: place}
+        with pytest.raises(DiffstillError, match=rf"`pretrain.{name}` 'models/"):
+            prepare(
+                Params.model_validate_json(json.dumps(values)), settings, load_images(allow_tag=True), name=None, caching=True, publish=False,
+                allow_unpushed=True,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(

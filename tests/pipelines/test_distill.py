@@ -13,6 +13,7 @@ from components.images import TAGGED, load_images
 from diffstill.config import Params, preset
 from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, chain
+from diffstill.trainjob import Order
 from pipelines.distill import arguments
 from pipelines.package import write_package
 from pipelines.settings import MAX_ITERATIONS, Settings, ShardsConfig, load_settings
@@ -275,6 +276,10 @@ def test_weights_to_start_from_are_imported():
     values = preset("tiny").plain()
     values["pretrain"] |= {"source": "folder", "location": "s3://models/dit"}
     assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == "s3://models/dit"
+    values["pretrain"] |= {"source": "checkpoint", "location": "s3://models/DiT.pt", "autoencoder": "ema"}
+    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == "s3://models/DiT.pt"
+    values["pretrain"] |= {"location": "hf://someone/DiT@main"}  # which no importer reads, but the stage
+    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == ""
 
 
 def test_what_a_pipeline_cannot_do_is_refused():
@@ -356,6 +361,39 @@ def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
         device = {"DIFFSTILL_DEVICE": "cuda"} if "accelerator" in container["resources"] else {}
         origin = {"DIFFSTILL_IMAGE": container["image"]} if shown == "publish" else {}
         assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill", **device, **origin}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The pipeline with fine-tuning on several nodes."""
+    values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
+    values["infra"] |= {"queue": "gpu-queue", "work_claim": "checkpoints", "trainjob": {"nodes": 2, "claim": "artifacts"}}
+    path = tmp_path_factory.mktemp("launched") / "distill.yaml"
+    write_package(Settings.model_validate_json(json.dumps(values)), load_images(GOLDEN / "images.lock"), path)
+    return Graph(path.read_text())
+
+
+def test_with_a_trainjob_the_task_is_a_small_pod_that_knows_what_to_make(launched):
+    container, kubernetes = pod(launched, "finetune")
+    assert container["image"] == load_images(GOLDEN / "images.lock").gpu, "the cache knows the task by the image of its nodes"
+    assert "accelerator" not in container["resources"]
+    assert (container["resources"]["resourceCpuLimit"], container["resources"]["resourceMemoryLimit"]) == ("1", "4Gi")
+    assert "podMetadata" not in kubernetes, "it waits in no queue"
+    assert "emptyDirMounts" not in kubernetes
+    assert kubernetes["activeDeadlineSeconds"] == str(1440 * 60)
+    assert [mount["mountPath"] for mount in kubernetes["pvcMount"]] == ["/var/diffstill-shared", "/var/diffstill"]
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert set(environment) == {"DIFFSTILL_TRAINJOB", "DIFFSTILL_WORK"}
+    order = Order.model_validate_json(environment["DIFFSTILL_TRAINJOB"])
+    assert order.shared == "/var/diffstill-shared"
+    assert order.job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue"}
+    assert order.job["spec"]["trainer"]["image"] == container["image"]
+
+
+def test_with_a_trainjob_the_preflight_stands_where_its_nodes_will(launched, graph):
+    assert pod(launched, "preflight")[0]["resources"] == pod(graph, "preflight")[0]["resources"]
+    assert launched.tasks["finetune"]["inputs"] == graph.tasks["finetune"]["inputs"]
+    assert launched.tasks["finetune"]["retry"] == graph.tasks["finetune"]["retry"]
 
 
 def test_a_version_names_no_image_that_could_be_another_tomorrow(tmp_path):

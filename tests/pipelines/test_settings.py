@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from diffstill.errors import DiffstillError
-from pipelines.settings import InfraConfig, load_settings
+from pipelines.settings import InfraConfig, TrainJobConfig, load_settings
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ROOT / "pipelines" / "settings.yaml"
@@ -54,6 +54,11 @@ def test_the_committed_settings_are_whole():
         ("infra/resources/finetune/tolerations", [{"operator": "Equal", "key": "a"}], "goes with a `key` and a `value`"),
         ("infra/config_maps/other", {"key": "DIFFSTILL_IMAGE"}, "DIFFSTILL_IMAGE is given twice, or is one that a task needs"),
         ("infra/resources/publish", None, "lacks publish"),
+        ("infra/config_maps/other", {"key": "DIFFSTILL_RANKS"}, "DIFFSTILL_RANKS is given twice, or is one that a task needs"),
+        ("infra/resources/finetune", {"gpus": 2}, "`gpus` is 2, whose processes talk through shared memory, but `shared_memory` is null"),
+        ("infra/trainjob", {}, "infra.trainjob.nodes"),
+        ("infra/trainjob", {"nodes": 0}, "infra.trainjob.nodes"),
+        ("infra/trainjob", {"nodes": 2, "claim": "Not A Name"}, "infra.trainjob.claim"),
         ("shards/encode", 31, "shards.encode"),
         ("shards/encode", 0, "shards.encode"),
     ],
@@ -62,6 +67,16 @@ def test_a_wrong_entry_is_named(tmp_path, path, value, message):
     with pytest.raises(DiffstillError, match=message) as caught:
         load_settings(changed(tmp_path, path, value))
     assert "settings.yaml" in str(caught.value)
+
+
+def test_nodes_need_an_amount_that_the_sdk_can_read(tmp_path):
+    path = changed(tmp_path, "infra/trainjob", {"nodes": 2})
+    assert load_settings(path).infra.trainjob == TrainJobConfig(nodes=2)
+    values = yaml.safe_load(path.read_text())
+    values["infra"]["resources"]["finetune"]["cpu"] = None
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(DiffstillError, match=r"`infra.trainjob` is set, but `infra.resources.finetune.cpu` is null"):
+        load_settings(path)
 
 
 def test_credentials_in_a_wrong_entry_are_not_shown(tmp_path):
