@@ -28,6 +28,7 @@ def finetuning(chain, denoiser: Path) -> Work:
     return Work(stage="finetune", config=chain.params.finetune.canonical(), step="finetune", paths={name: str(path) for name, path in paths.items()})
 
 
+@pytest.mark.slow
 def test_two_ranks_make_what_one_makes(tiny_chain, tmp_path, monkeypatch):
     """The task finds two ranks, and hands on what the main one has measured; weights differ by rounding alone."""
     from diffstill.task import run_task
@@ -45,6 +46,7 @@ def test_two_ranks_make_what_one_makes(tiny_chain, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".denoiser*"))
 
 
+@pytest.mark.slow
 def test_nodes_find_each_other_as_kubeflow_trainer_tells_them(tiny_chain, tmp_path):
     """Two launchers of one rank each, as on two machines: the main node writes, and both end well."""
     work, port = finetuning(tiny_chain, tmp_path / "denoiser"), free_port()
@@ -89,6 +91,7 @@ def children() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "kind", "message"),
     [
@@ -150,6 +153,7 @@ with launch.one_message():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_a_pod_that_is_taken_away_ends_its_ranks_first(ranks, tmp_path, stubborn):
     ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if stubborn else ""
@@ -167,6 +171,7 @@ def test_a_pod_that_is_taken_away_ends_its_ranks_first(ranks, tmp_path, stubborn
     assert not psutil.wait_procs(started, timeout=1)[1]
 
 
+@pytest.mark.slow
 def test_what_the_main_rank_measures_is_handed_on(ranks):
     assert launch.launch(
         ranks("time.sleep(float(os.environ['RANK']) / 3)\nreturn {'loss': float(os.environ['RANK']), 'ranks': int(os.environ['WORLD_SIZE'])}"), 3

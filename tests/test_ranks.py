@@ -83,6 +83,7 @@ def test_more_processes_give_the_same_run(tiny_chain: Chain, alone: Run, tmp_pat
     assert not list(tmp_path.glob("work/finetune-*/*"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
     run = tune(tiny_chain, tmp_path, 2, batch_size=9)
     assert run.done.returncode != 0

@@ -92,6 +92,7 @@ def run(work: Work, order: Order) -> dict[str, float]:
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_nodes_fine_tune_what_lies_in_the_store(cluster, tiny_chain, tmp_path, monkeypatch, capfd):
     """Launcher, API, two nodes with the manifest's command and secrets, S3: the artifact is where Kubeflow takes it, and so are the metrics."""
     from diffstill.task import run_task
@@ -124,6 +125,7 @@ def test_two_nodes_fine_tune_what_lies_in_the_store(cluster, tiny_chain, tmp_pat
     assert {"name": "DIFFSTILL_CHAIN", "value": "run-4711"} in cluster.received[0]["spec"]["trainer"]["env"]
 
 
+@pytest.mark.slow
 def test_what_nodes_refuse_is_the_one_message(cluster, tiny_chain, work, tmp_path, caplog):
     """A real refusal on real nodes, by a volume that all see."""
     cluster.folder = tmp_path / "nodes"
@@ -143,6 +145,7 @@ def in_processes(given):
     subprocess.run(given["command"], env=given["environment"], check=True)
 
 
+@pytest.mark.slow
 def test_the_local_backend_of_the_sdk_runs_the_command_of_a_node(work, tmp_path):
     """It knows functions only, and no containers: one that starts what a node would, with two ranks."""
     from kubeflow.trainer import CustomTrainer, LocalProcessBackendConfig, TrainerClient

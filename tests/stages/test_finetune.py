@@ -19,6 +19,7 @@ from diffstill.config import FinetuneConfig, Params
 from diffstill.errors import DiffstillError
 from diffstill.networks import load_generator
 from diffstill.pictures import contact_sheet, read_png
+from diffstill.ranks import Ranks
 from diffstill.record import Progress
 from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, finetune
 from diffstill.stages.sample import sample
@@ -145,6 +146,12 @@ def test_epochs_are_passes_over_the_training_images(tiny_chain: Chain) -> None:
     assert run.steps == 3 * images // 12
     assert sum(len(run.draw(step).classes) for step in range(run.steps)) <= 3 * images < (run.steps + 1) * 12
     assert tuning(tiny_chain, epochs=1, batch_size=10_000).steps == 1
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tiny_chain: Chain) -> None:
+    data = tuning(tiny_chain).data
+    with pytest.raises(DiffstillError, match="a batch of 9 cannot be cut evenly over 2 processes"):
+        FineTuning(settings_of(tiny_chain, batch_size=9), 0, data, load_generator(tiny_chain.artifacts / "generator"), Ranks(0, 2, "cpu"))
 
 
 def test_balanced_batches(tiny_chain: Chain) -> None:
