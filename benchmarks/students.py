@@ -69,7 +69,7 @@ def ours(pixels: np.ndarray, labels: np.ndarray, name: str, side: int, steps: st
     """Train by the stage's own loop, without a look at test images."""
     student = build_student(name, classes=CLASSES, channels=3, side=side, seed=0).to(device)
     train_student(
-        student, pixels, labels, protocol=protocol(steps), classes=CLASSES, statistics=pixel_statistics(pixels), flip=True, seed=0, evaluations=1,
+        student, pixels, labels, protocol=protocol(steps), classes=CLASSES, statistics=pixel_statistics([pixels]), flip=True, seed=0, evaluations=1,
         evaluate=lambda _: {},
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ def test_equal_pixels_give_equal_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize(("side", "scale"), [(8, 6), (32, 2), (48, 1), (200, 1)])
+@pytest.mark.parametrize(("side", "scale"), [(8, 6), (32, 2), (48, 1), (100, 1)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_contact_sheet_shows_every_image_in_its_place(side, scale, channels):
     rows, gap = noise(2, 3, channels, side, side), 2
@@ -41,3 +41,12 @@ def test_a_contact_sheet_shows_every_image_in_its_place(side, scale, channels):
             np.testing.assert_array_equal(shown[scale - 1 :: scale, scale - 1 :: scale], shown[::scale, ::scale])
             assert (framed[:gap] == 255).all()
             assert (framed[:, -gap:] == 255).all()
+
+
+def test_large_images_are_reduced_on_a_contact_sheet():
+    image = np.zeros((3, 256, 256), np.uint8)
+    image[0, :, 128:] = 200  # the right half is red
+    sheet = np.asarray(contact_sheet(np.stack([image, image])[None]))
+    assert sheet.shape == (128 + 4, 2 * (128 + 4), 3)
+    assert sheet[66, 32].tolist() == [0, 0, 0]
+    assert sheet[66, 100].tolist() == [200, 0, 0]

@@ -199,7 +199,8 @@ def test_refused_students(name, side, message):
 
 def test_pixel_statistics_against_numpy():
     pixels = np.random.default_rng(0).integers(0, 256, (50, 3, 5, 5), dtype=np.uint8)
-    statistics = pixel_statistics(pixels)
+    statistics = pixel_statistics([pixels])
+    assert pixel_statistics(part for part in (pixels[:7], pixels[7:30], pixels[30:])) == statistics
     np.testing.assert_allclose(statistics.mean, (pixels / 255).mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(statistics.std, (pixels / 255).std((0, 2, 3)), rtol=1e-12)
     images = standardise(torch.from_numpy(pixels).double() / 255, statistics)
@@ -211,7 +212,7 @@ def test_a_constant_channel_is_refused():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 5), dtype=np.uint8)
     pixels[:, 1] = 7
     with pytest.raises(DiffstillError, match="channel 1 of the training images has the value 7 everywhere"):
-        pixel_statistics(pixels)
+        pixel_statistics([pixels])
 
 
 # Augmentation
@@ -439,7 +440,7 @@ def digits():
 
 def trained(digits, *, seed=0, images=100, recipe=Protocol("tiny", 12), evaluations=3, name="convnet-1"):  # noqa: B008
     pixels, labels = digits
-    statistics = pixel_statistics(pixels)
+    statistics = pixel_statistics([pixels])
     student = build_student(name, classes=10, channels=1, side=8, seed=seed)
     history = train_student(
         student,
@@ -516,7 +517,7 @@ def test_what_step_done_raises_ends_the_training(digits):
             labels[:20],
             protocol=protocol("short-20"),
             classes=10,
-            statistics=pixel_statistics(pixels),
+            statistics=pixel_statistics([pixels]),
             flip=False,
             seed=0,
             evaluations=1,
@@ -528,7 +529,7 @@ def test_what_step_done_raises_ends_the_training(digits):
 
 def test_accuracy_against_a_loop_and_the_mode_is_kept(digits, monkeypatch):
     pixels, labels = digits[0][:50], digits[1][:50]
-    statistics = pixel_statistics(pixels)
+    statistics = pixel_statistics([pixels])
     student = build_student("convnet-1", classes=10, channels=1, side=8, seed=0)
     hits = 0
     for image, label in zip(pixels, labels, strict=True):
@@ -555,7 +556,7 @@ def test_a_batch_norm_student_trains_where_the_last_batch_would_hold_one_image()
         np.arange(65) % 5,
         protocol=Protocol("tiny", 4),
         classes=5,
-        statistics=pixel_statistics(pixels),
+        statistics=pixel_statistics([pixels]),
         flip=True,
         seed=0,
         evaluations=1,

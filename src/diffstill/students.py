@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -206,15 +206,16 @@ class PixelStatistics:
     std: tuple[float, ...]
 
 
-def pixel_statistics(pixels: npt.NDArray[np.uint8]) -> PixelStatistics:
-    """Statistics of real training pixels (N, C, S, S), exact from their histogram. Raises `DiffstillError` if a channel is constant.
+def pixel_statistics(parts: Iterable[npt.NDArray[np.uint8]]) -> PixelStatistics:
+    """Statistics of real training pixels in parts (n, C, S, S), exact from their histogram. Raises `DiffstillError` if a channel is constant.
 
     Take them from the full real training split and use them for every source of a table.
     """
     values = np.arange(256) / 255
+    counts = sum(np.stack([np.bincount(part[:, channel].reshape(-1), minlength=256) for channel in range(part.shape[1])]) for part in parts)
     moments = []
-    for channel in range(pixels.shape[1]):
-        share = np.bincount(pixels[:, channel].reshape(-1), minlength=256) / pixels[:, channel].size
+    for channel, own in enumerate(np.asarray(counts)):
+        share = own / own.sum()
         mean = float(share @ values)
         moments.append((mean, math.sqrt(float(share @ (values - mean) ** 2))))
         if moments[-1][1] == 0:

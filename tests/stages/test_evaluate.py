@@ -137,7 +137,7 @@ def test_a_line_against_a_student_trained_by_hand(images, distilled, tmp_path):
     (line,) = (line for line in read(tmp_path / "scores") if (line["generation_seed"], line["student_seed"]) == (1, 1))
     real = open_artifact(images, "images")
     (train, labels), val, test = (load_split(real, split) for split in ("train", "val", "test"))
-    statistics = pixel_statistics(train)
+    statistics = pixel_statistics([train])
     shown = np.concatenate([train[labels == label][10:12] for label in range(3)])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

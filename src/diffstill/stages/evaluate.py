@@ -33,6 +33,8 @@ Labels = npt.NDArray[np.int64]
 TrainingSet = tuple[Pixels, Labels]
 Score = dict[str, Any]
 
+COUNTED = 1024
+"""Training images in memory at a time while their pixels are counted."""
 FINISHED = "finished"
 IDENTITY = ("source", "student", "images_per_class", "generation_seed", "student_seed")
 
@@ -220,7 +222,7 @@ class _Judge:
     def of(cls, config: EvaluateConfig, images: Artifact, device: str) -> _Judge:
         val, test = (load_split(images, split) for split in ("val", "test"))
         pixels, labels = Rows(images.folder, "train", "pixels"), Rows(images.folder, "train", "labels")[:]
-        statistics = pixel_statistics(pixels[:])
+        statistics = pixel_statistics(pixels[start : start + COUNTED] for start in range(0, len(pixels), COUNTED))
         return cls((pixels, labels), val, test, images.facts, images.digest, statistics, protocol(config.protocol), config.evaluations, device)
 
     @property

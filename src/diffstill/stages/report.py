@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact
+from diffstill.artifacts import Artifact, Rows, new_artifact, open_artifact
 from diffstill.config import EvaluateConfig, FinetuneConfig, PrepareConfig, ReportConfig, SampleConfig, Section
 from diffstill.errors import DiffstillError
 from diffstill.html import Curve, GridRow, Page, Setting, Verdict, figures, percent, plain, plural, render, signed
 from diffstill.record import Record, ignore
 from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Gain, Run, Source, by_column, by_seed, flat, metrics, read_runs, table
 
+GRID_CLASSES = 50
+"""Classes whose pictures the page shows, so that it stays one that a browser opens."""
 CURVE_COLUMNS = ("step", "loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
 _OUTCOMES = {
     "gain": "clearly better",
@@ -303,13 +305,13 @@ def _footnotes(cells: Sequence[Cell]) -> list[str]:
 
 
 def _grid(config: ReportConfig, inputs: Inputs) -> list[GridRow]:
-    """Pictures of each sampled class from all three origins."""
+    """Pictures of the first sampled classes from all three origins."""
     classes = inputs.distilled.facts["classes"]
     known = inputs.images.facts["classes"]
     for name in {*classes, *inputs.untuned.facts["classes"]}:
         if name not in known or name not in classes or name not in inputs.untuned.facts["classes"]:
             raise DiffstillError(f"class {name!r} is not in all of images, distilled and untuned; sample both from the classes of the images")
-    pixels, labels = load_split(inputs.images, "train")
+    pixels, labels = Rows(inputs.images.folder, "train", "pixels"), Rows(inputs.images.folder, "train", "labels")[:]
     shown = min(config.shown_per_class, inputs.distilled.facts["images_per_class"], inputs.untuned.facts["images_per_class"])
     return [
         GridRow(
@@ -320,7 +322,7 @@ def _grid(config: ReportConfig, inputs: Inputs) -> list[GridRow]:
                 "Distilled": _sampled(inputs.distilled, name, shown),
             },
         )
-        for name in classes
+        for name in classes[:GRID_CLASSES]
     ]
 
 
@@ -338,7 +340,10 @@ def _sampled(distilled: Artifact, name: str, count: int) -> npt.NDArray[np.uint8
 def _grid_caption(inputs: Inputs) -> str:
     untuned, distilled = inputs.untuned.facts["seeds"][0], inputs.distilled.facts["seeds"][0]
     seed = f"generation seed {distilled}" if untuned == distilled else f"generation seeds {untuned} (untuned) and {distilled} (distilled)"
-    return f"The first training images of each class beside the first images of {seed}. None was picked by eye."
+    every, count = "each class", len(inputs.distilled.facts["classes"])
+    if count > GRID_CLASSES:
+        every = f"the first {GRID_CLASSES} of {count} classes"
+    return f"The first training images of {every} beside the first images of {seed}. None was picked by eye."
 
 
 def _curve(denoiser: Artifact, seed: int) -> Curve:

@@ -24,8 +24,8 @@ from diffstill.record import Record, ignore
 from diffstill.shards import Share
 from diffstill.training import seeded, set_threads
 
-SHEET_COLUMNS = 20
-"""Images per class on the contact sheet of a whole set."""
+SHEET_COLUMNS, SHEET_ROWS = 20, 100
+"""Images per class, and classes, on the contact sheet of a whole set."""
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ def _finish_set(folder: Path, seed: int, names: list[str], images_per_class: int
         writer = csv.DictWriter(file, ("file_name", "label", "seed"), lineterminator="\n")
         writer.writeheader()
         writer.writerows({"file_name": path, "label": name, "seed": seed} for name, own in zip(names, files, strict=True) for path in own)
-    rows = [np.stack([read_png(root / path) for path in own[:SHEET_COLUMNS]]) for own in files]
+    rows = [np.stack([read_png(root / path) for path in own[:SHEET_COLUMNS]]) for own in files[:SHEET_ROWS]]
     save_png(contact_sheet(np.stack(rows)), folder / f"seed-{seed}.png")
