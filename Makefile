@@ -36,6 +36,29 @@ test: setup  ## all tests that need no service of their own
 test-slow: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
+BENCH = $(BIN)/python -m benchmarks
+
+bench: setup  ## all benchmarks at sizes for a CPU, one after the other; leave the machine alone meanwhile
+	$(BENCH).finetune --device cpu --batch 8 32
+	$(BENCH).finetune --device cpu --batch 8 --ablate
+	$(BENCH).memory --device cpu --batch 8 64 256 --steps 5 --warm 1
+	$(BENCH).sample --device cpu --batch 16 --sampler-steps 10
+	$(BENCH).students
+	$(BENCH).prepare
+	$(BENCH).encode
+	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/load.py
+
+bench-gpu: setup  ## the benchmarks of DiT-XL/2 at 256 px, on a CUDA device
+	$(BENCH).finetune --device cuda --size xl --batch 8 64 --compile
+	$(BENCH).finetune --device cuda --size xl --batch 8 64 --compile --ablate
+	$(BENCH).finetune --device cuda --size xl --batch 8 --compile --trace build/trace.json
+	$(BENCH).memory --device cuda --batch 8 64 256 --steps 50
+	$(BENCH).sample --device cuda --size xl --batch 100 --compile
+	$(BENCH).students --device cuda --student resnetap-10 --side 128 --workers 8
+	$(BENCH).encode --device cuda --images 4096 --side 256 --widths 128 256 512 512 --layers 2 --precision bf16
+	$(BENCH).recipe --device cuda --size xl
+
 check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from diffstill.imagenet import SUBSETS, index_of, title_of
+from diffstill.imagenet import SUBSETS, index_of, title_of, titled
 
 WOOF = ("n02096294", "n02093754", "n02111889", "n02088364", "n02086240", "n02089973", "n02087394", "n02115641", "n02099601", "n02105641")
 
@@ -51,3 +51,8 @@ def test_the_dogs_of_imagewoof():
 
 def test_every_class_has_a_title():
     assert all(title_of(wnid) for wnid in SUBSETS["imagenet1k"])
+
+
+def test_a_class_is_shown_by_its_name_in_words():
+    assert titled("n02086240") == "Shih-Tzu (n02086240)"
+    assert titled("my-cat") == "my-cat"

@@ -53,6 +53,12 @@ def index_of(wnid: str) -> int | None:
     return found.index if found else None
 
 
+def titled(name: str) -> str:
+    """A class as people know it: with its English name where it is a wnid, `Shih-Tzu (n02086240)`."""
+    title = title_of(name)
+    return f"{title} ({name})" if title else name
+
+
 def title_of(wnid: str) -> str | None:
     """The first of a class's English names, such as `Shih-Tzu`; None if `wnid` is not one of ImageNet-1K."""
     found = _BY_WNID.get(wnid)

@@ -17,6 +17,7 @@ from diffstill.artifacts import MANIFEST, Artifact, new_artifact, open_artifact
 from diffstill.config import PublishConfig
 from diffstill.errors import DiffstillError, GateError
 from diffstill.html import percent, plain, plural, signed
+from diffstill.imagenet import titled
 from diffstill.lineage import Lineage
 from diffstill.pictures import contact_sheet, read_png, save_png
 from diffstill.record import Record, ignore
@@ -210,6 +211,7 @@ def _card(config: PublishConfig, name: str, made: Artifact, runs: Sequence[Run],
         "accuracy": _accuracy,
         "literal": _literal,
         "code": _code,
+        "titled": titled,
     }
     images = lineage["images"].manifest.facts
     return environment.get_template("card.md.j2").render(

@@ -20,6 +20,7 @@ from diffstill.artifacts import Artifact, Rows, new_artifact, open_artifact
 from diffstill.config import EvaluateConfig, FinetuneConfig, PrepareConfig, ReportConfig, SampleConfig, Section
 from diffstill.errors import DiffstillError
 from diffstill.html import Curve, GridRow, Page, Setting, Verdict, figures, percent, plain, plural, render, signed
+from diffstill.imagenet import titled
 from diffstill.record import Record, ignore
 from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Gain, Run, Source, by_column, by_seed, flat, metrics, read_runs, table
 
@@ -315,7 +316,7 @@ def _grid(config: ReportConfig, inputs: Inputs) -> list[GridRow]:
     shown = min(config.shown_per_class, inputs.distilled.facts["images_per_class"], inputs.untuned.facts["images_per_class"])
     return [
         GridRow(
-            name,
+            titled(name),
             {
                 "Real": pixels[np.flatnonzero(labels == known.index(name))[:shown]],
                 "Untuned generator": _sampled(inputs.untuned, name, shown),
