@@ -18,6 +18,8 @@ from diffstill.config import Params
 from diffstill.networks import LABEL_ROWS, LABEL_TABLE, AutoencoderKL, Generator, apply_delta, open_generator
 from diffstill.pictures import read_png
 from diffstill.run import run_chain
+from diffstill.stages.finetune import FineTuning, Latents
+from diffstill.stages.sample import sample
 from diffstill.training import seeded
 from original_dit import random_checkpoint
 
@@ -128,6 +130,36 @@ def test_the_whole_chain_is_recorded(woof: Chain) -> None:
     assert open_artifact(woof.artifacts / "images", "images").facts["classes"] == list(WOOF)
     page = (report.folder / "report.html").read_text()
     assert all(imagenet.titled(wnid) in page for wnid in WOOF)
+
+
+def trace(chain: Chain, **changes: object) -> torch.Tensor:
+    """The metrics of three steps of fine-tuning."""
+    config = chain.params.finetune.model_copy(update={"epochs": None, "steps": 3, **changes})
+    data = Latents.open(open_artifact(chain.artifacts / "latents", "latents"), "cpu")
+    run = FineTuning(config, 0, data, open_generator(open_artifact(chain.artifacts / "generator", "generator")))
+    for _ in range(3):
+        run.step()
+    return run.history
+
+
+def test_saving_memory_changes_nothing_and_bf16_rounding_alone(woof: Chain) -> None:
+    plain = trace(woof)
+    torch.testing.assert_close(trace(woof, gradient_checkpointing=True), plain, rtol=1e-5, atol=1e-6)
+    rounded = trace(woof, precision="bf16")
+    torch.testing.assert_close(rounded, plain, rtol=0.05, atol=0.05)
+    assert not torch.equal(rounded, plain)
+
+
+def test_images_drawn_in_bf16_are_those_of_float32_but_for_rounding(woof: Chain, tmp_path: Path) -> None:
+    config = woof.params.sample.model_copy(update={"precision": "bf16"})
+    paths = {name: woof.artifacts / name for name in ("generator", "denoiser")}
+    sample(config, **paths, distilled=tmp_path / "rounded")
+    images = [
+        np.stack([read_png(place / "seed-0" / wnid / "00000.png") for wnid in WOOF]).astype(float)
+        for place in (tmp_path / "rounded", woof.artifacts / "distilled")
+    ]
+    apart = np.abs(images[0] - images[1])
+    assert 0 < apart.mean() < 0.05 * images[1].std()
 
 
 def test_classes_of_ones_own_get_rows_of_their_own(tmp_path: Path) -> None:
