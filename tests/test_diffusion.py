@@ -88,6 +88,25 @@ def test_the_variational_term_teaches_the_variance_alone_and_is_least_where_it_i
     assert at[-1.0] < at[0.0] < at[1.0]
 
 
+@pytest.mark.parametrize(("sampler", "learned"), [("ddpm", False), ("ddpm", True), ("ddim", False), ("dpm++", False)])
+def test_whoever_knows_the_noise_ends_at_the_clean_latent(sampler: str, learned: bool) -> None:
+    """The last step adds no noise, whatever variance the network asks for."""
+    from diffstill.networks import build_scheduler
+
+    clean = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    schedule = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    scheduler = build_scheduler(sampler, schedule, learned_variance=learned)
+
+    def predict(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        abar = scheduler.alphas_cumprod[t.long()].reshape(-1, 1, 1, 1)
+        eps = (x_t - abar.sqrt() * clean) / (1 - abar).sqrt()
+        return torch.cat([eps, torch.full_like(eps, 1.1)], dim=1) if learned else eps
+
+    noise = [torch.Generator().manual_seed(number) for number in range(2)]
+    drawn = sample_latents(predict, scheduler, torch.tensor([0, 0]), noise, shape=(4, 4, 4), null_label=1, guidance=1.0, steps=20)
+    torch.testing.assert_close(drawn, clean.expand_as(drawn), atol=2e-3, rtol=0)
+
+
 def test_drop_labels_touches_only_the_dropped() -> None:
     labels = torch.tensor([0, 1, 2, 1])
     assert drop_labels(labels, torch.tensor([False, True, False, True]), 3).tolist() == [0, 3, 2, 3]

@@ -5,9 +5,11 @@ import json
 import socket
 
 import numpy
+import pytest
 import torch
 
-from diffstill.environment import environment
+from diffstill.environment import environment, rank_here
+from diffstill.errors import DiffstillError
 
 
 def test_it_names_packages_and_processor():
@@ -27,3 +29,18 @@ def test_it_is_the_same_each_time_and_fits_a_tag():
 def test_it_names_no_host_and_no_user():
     values = set(environment().values())
     assert not values & {socket.gethostname(), getpass.getuser()}
+
+
+def test_ranks_are_known_only_where_torchrun_says_all_of_it(monkeypatch):
+    said = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert rank_here() == (1, 2)
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(DiffstillError, match="RANK and WORLD_SIZE are '1' and 'x', no numbers"):
+        rank_here()
+    for name, value in said.items():
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.delenv(name)
+        assert rank_here() == (0, 1)  # a scheduler that sets some of them for purposes of its own
+        monkeypatch.setenv(name, value)

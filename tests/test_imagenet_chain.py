@@ -15,6 +15,7 @@ from chains import Chain, enter
 from diffstill import imagenet
 from diffstill.artifacts import open_artifact, to_pixels
 from diffstill.config import Params
+from diffstill.merge import merge
 from diffstill.networks import LABEL_ROWS, LABEL_TABLE, AutoencoderKL, Generator, apply_delta, open_generator
 from diffstill.pictures import read_png
 from diffstill.run import run_chain
@@ -160,6 +161,13 @@ def test_images_drawn_in_bf16_are_those_of_float32_but_for_rounding(woof: Chain,
     ]
     apart = np.abs(images[0] - images[1])
     assert 0 < apart.mean() < 0.05 * images[1].std()
+
+
+def test_the_class_map_goes_with_the_merged_weights(woof: Chain, tmp_path: Path) -> None:
+    merge(woof.artifacts / "generator", woof.artifacts / "denoiser", tmp_path / "merged")
+    assert [(one["name"], one["label"]) for one in json.loads((tmp_path / "merged" / "class_map.json").read_text())] == [
+        (wnid, imagenet.index_of(wnid)) for wnid in WOOF
+    ]
 
 
 def test_classes_of_ones_own_get_rows_of_their_own(tmp_path: Path) -> None:

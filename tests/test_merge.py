@@ -14,9 +14,13 @@ from safetensors.torch import load_file
 from chains import Chain, contents
 from diffstill.artifacts import open_artifact
 from diffstill.cli import main
-from diffstill.config import Params
+from diffstill.config import Params, PretrainConfig
+from diffstill.merge import merge
 from diffstill.networks import DiTPipeline, apply_delta, load_generator, open_generator
+from diffstill.stages.encode import encode
 from diffstill.stages.finetune import finetune
+from diffstill.stages.pretrain import pretrain
+from original_dit import random_checkpoint
 
 
 @pytest.fixture
@@ -47,8 +51,31 @@ def test_the_stock_pipeline_computes_what_the_denoiser_does(tiny_chain: Chain, t
     assert pipeline.get_label_ids(["2", "0"]) == [2, 0]
 
 
+def test_a_merged_folder_says_what_its_weights_want(tiny_chain: Chain, tmp_path: Path) -> None:
+    """Of original weights: taken over again they keep their frequencies and their licence."""
+    torch.save(random_checkpoint(depth=1, width=64, classes=3, side=4), tmp_path / "DiT.pt")
+    vae = tiny_chain.artifacts / "generator" / "vae"
+    config = PretrainConfig(source="checkpoint", location=str(tmp_path / "DiT.pt"), autoencoder=str(vae))
+    pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "generator")
+    encode(tiny_chain.params.encode, images=tiny_chain.artifacts / "images", generator=tmp_path / "generator", latents=tmp_path / "latents")
+    tuning = tiny_chain.params.finetune.model_copy(update={"steps": 1, "preview_every": 0})
+    finetune(tuning, latents=tmp_path / "latents", generator=tmp_path / "generator", denoiser=tmp_path / "denoiser")
+    merge(tmp_path / "generator", tmp_path / "denoiser", tmp_path / "merged")
+    again = PretrainConfig(source="folder", location=str(tmp_path / "merged"))
+    pretrain(again, images=tiny_chain.artifacts / "images", generator=tmp_path / "again")
+    facts = open_artifact(tmp_path / "again", "generator").facts
+    assert facts["frequency_shift"] == 0
+    assert "CC-BY-NC" in facts["licence"]
+    assert facts["labels"] == [0, 1, 2]
+
+
 def test_refusals(tiny_chain: Chain, tuned: Path, tmp_path: Path) -> None:
     generator = tiny_chain.artifacts / "generator"
+    other = tmp_path / "other"
+    shutil.copytree(generator, other)
+    (other / "manifest.json").write_text((other / "manifest.json").read_text().replace('"null_label": 3', '"null_label": 4'))
+    done = CliRunner().invoke(main, ["merge", f"--generator={other}", f"--denoiser={tuned}", "--seed=5", f"--output={tmp_path / 'new'}"])
+    assert (done.exit_code, "was fine-tuned from another generator" in done.output) == (2, True), done.output
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("keep")
     shutil.copytree(tmp_path / "mine", tmp_path / "copy")

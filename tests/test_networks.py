@@ -29,6 +29,7 @@ from diffstill.networks import (
     load_generator,
     moved_labels,
     save_generator,
+    share_embedder,
     take_delta,
 )
 
@@ -219,6 +220,23 @@ def test_bf16_rounds_what_is_not_trained_and_little_else(generator: Generator, t
     assert 0 < (output - expected).norm() / expected.norm() < 0.02
     assert {weight.dtype for weight in chosen.values()} == {torch.float32}
     assert {weight.dtype for name, weight in fast.transformer.named_parameters() if name.endswith("linear.weight")} == {torch.bfloat16}
+
+
+def test_only_ancestral_sampling_uses_a_learned_variance() -> None:
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 1, "sample_size": 4}
+    learned = share_embedder(DiTTransformer2DModel(**config, num_embeds_ada_norm=3).eval())
+    made = Generator(learned, build_vae(PRETRAIN, 1, 8), SCHEDULE)
+    drawn: dict[str, list[Tensor]] = {"ddpm": [], "ddim": [], "dpm++": []}
+    for bias in (-1.0, 0.0):
+        with torch.no_grad():
+            learned.proj_out_2.weight.zero_()
+            learned.proj_out_2.bias.copy_(torch.tensor([0.0, bias]).repeat_interleave(4).repeat(4))
+        for sampler, images in drawn.items():
+            images.append(made.draw([0, 2], [torch.Generator().manual_seed(seed) for seed in (0, 1)], sampler=sampler, steps=5, guidance=2.0))
+    assert not torch.allclose(*drawn["ddpm"], atol=1e-3)
+    assert torch.equal(*drawn["ddim"])
+    assert torch.equal(*drawn["dpm++"])
 
 
 @pytest.mark.slow

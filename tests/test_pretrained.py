@@ -11,7 +11,7 @@ import torch
 from diffstill import imagenet
 from diffstill.config import PretrainConfig
 from diffstill.errors import DiffstillError
-from diffstill.pretrained import ClassLabel, class_map, known_licence, map_classes, read_checkpoint, weights_digest
+from diffstill.pretrained import ClassLabel, class_map, known_licence, label_names, map_classes, read_checkpoint, weights_digest
 from original_dit import forward, random_checkpoint
 
 WOOF = imagenet.SUBSETS["imagewoof"]
@@ -44,7 +44,8 @@ def test_the_converted_checkpoint_computes_what_the_paper_says_at_every_t(tmp_pa
 
 
 def test_of_a_training_checkpoint_the_averaged_weights_are_taken(tmp_path: Path) -> None:
-    torch.save({"model": random_checkpoint(seed=1), "ema": random_checkpoint(seed=2), "opt": {}}, tmp_path / "0050000.pt")
+    options = argparse.Namespace(model="DiT-XL/2", epochs=1400)  # as DiT's training script keeps them
+    torch.save({"model": random_checkpoint(seed=1), "ema": random_checkpoint(seed=2), "opt": {}, "args": options}, tmp_path / "0050000.pt")
     torch.save(random_checkpoint(seed=2), tmp_path / "ema.pt")
     for ours, theirs in zip(
         read_checkpoint(tmp_path / "0050000.pt").state_dict().values(), read_checkpoint(tmp_path / "ema.pt").state_dict().values(), strict=True
@@ -56,7 +57,17 @@ def test_what_is_no_checkpoint_is_one_message(tmp_path: Path) -> None:
     path = tmp_path / "DiT.pt"
     for written, told in (
         (lambda: path.write_text("hello"), "not a file of plain tensors"),
-        (lambda: torch.save({"args": argparse.Namespace(depth=3)}, path), "not a file of plain tensors"),
+        (lambda: torch.save({"args": Path("x")}, path), "not a file of plain tensors"),
+        (lambda: torch.save({"args": argparse.Namespace(depth=3)}, path), "holds no DiT"),
+        (lambda: torch.save(without("y_embedder.embedding_table.weight"), path), "do not make a DiT"),
+        (lambda: torch.save(without("blocks."), path), "do not make a DiT"),
+        (lambda: torch.save(random_checkpoint() | {"x_embedder.proj.weight": torch.zeros(3, 4, 5)}, path), "do not make a DiT"),
+        (lambda: torch.save(random_checkpoint() | {"pos_embed": torch.zeros(16)}, path), "do not make a DiT"),
+        (lambda: torch.save(random_checkpoint() | {"pos_embed": torch.zeros(1, 15, 128)}, path), "do not make a DiT"),
+        (lambda: torch.save(random_checkpoint() | {"blocks.0.attn.qkv.bias": torch.zeros(1)}, path), "do not make a DiT"),
+        (lambda: torch.save(random_checkpoint() | {"step": 5}, path), "'step' is no tensor of weights"),
+        (lambda: torch.save(random_checkpoint() | {5: torch.zeros(3)}, path), "is no tensor of weights"),
+        (lambda: torch.save(random_checkpoint(classes=0), path), "no label beside the null label"),
         (lambda: torch.save({"weight": torch.zeros(3)}, path), "holds no DiT"),
         (lambda: torch.save([1, 2], path), "holds no DiT"),
         (lambda: torch.save(random_checkpoint() | {"blocks.0.attn.rel_pos": torch.zeros(3)}, path), r"`blocks.0.attn.rel_pos` is unknown"),
@@ -75,6 +86,22 @@ def test_what_is_no_checkpoint_is_one_message(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "nothing.pt")
 
 
+def without(start: str) -> dict[str, torch.Tensor]:
+    """A checkpoint that lacks some weights."""
+    return {name: value for name, value in random_checkpoint().items() if not name.startswith(start)}
+
+
+@pytest.mark.parametrize("form", ["half precision", "the format before torch 1.6"])
+def test_checkpoints_in_other_forms_are_read(tmp_path: Path, form: str) -> None:
+    weights = random_checkpoint(depth=1)
+    half = {name: value.half() for name, value in weights.items()}
+    torch.save(half if form == "half precision" else weights, tmp_path / "DiT.pt", _use_new_zipfile_serialization=form == "half precision")
+    torch.save(weights, tmp_path / "plain.pt")
+    ours, theirs = (read_checkpoint(tmp_path / name).state_dict() for name in ("DiT.pt", "plain.pt"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3)
+
+
 # --- the class map -------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +115,17 @@ def test_wnids_are_imagenet_indices_whatever_the_order() -> None:
     assert labels(map_classes(["n02086240"], None, 1000, {})) == [155]  # Shih-Tzu
     assert labels(map_classes(WOOF[::-1], None, 1000, {})) == labels(found)[::-1]
     assert {one.origin for one in found} == {"imagenet"}
+
+
+def test_labels_get_names_by_which_they_are_known_again() -> None:
+    first = map_classes(["n02086240", "my-cat"], None, 1000, {})
+    names = label_names(first, None, 1000)
+    assert (names[155], names[1000], len(names)) == ("n02086240", "my-cat", 1001)
+    again = map_classes(["my-cat", "n02086241", "n02085936", "5"], names, 1001, {})
+    assert labels(again) == [1000, 1001, imagenet.index_of("n02085936"), 1002]
+    assert label_names(map_classes(["x", "y"], None, 2, {}), None, 2) == ["x", "y"]
+    assert label_names(map_classes(["x", "y"], None, 3, {"x": "2"}), None, 3) == ["label-0", "label-1", "x", "y"]
+    assert label_names(map_classes(["b", "z"], ["a", "b"], 2, {}), ["a", "b"], 2) == ["a", "b", "z"]
 
 
 def test_an_unknown_class_gets_a_row_before_the_null_row() -> None:

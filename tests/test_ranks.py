@@ -119,7 +119,8 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tiny_chain: Chain
 def test_only_fine_tuning_runs_in_several_processes(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffstill.run import run_stage
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(DiffstillError, match=r"`prepare` runs in one process, but torchrun has started 2"):
         run_stage("prepare", tiny_chain.params.prepare, {"images": tmp_path / "images"})
 

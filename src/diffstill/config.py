@@ -373,7 +373,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "imagenette": {"prepare": {"source": "imagenette", **_PHOTOS}, **_PAPER},
     "imageidc": {"prepare": {"source": "imageidc", **_PHOTOS}, **_PAPER},
     "imagenet100": {"prepare": {"source": "imagenet100", **_PHOTOS}, **_PAPER},
-    "imagenet1k": {"prepare": {"source": "imagenet1k", **_PHOTOS, "val_fraction": 0.02}, **_PAPER, "finetune": {**_PAPER["finetune"], "batch_size": 256}},
+    "imagenet1k": {
+        "prepare": {"source": "imagenet1k", **_PHOTOS, "val_fraction": 0.02},
+        **_PAPER,
+        "finetune": {**_PAPER["finetune"], "batch_size": 256},
+    },
     "tiny": {
         "prepare": {"classes": ["0", "1", "2"]},
         "pretrain": {

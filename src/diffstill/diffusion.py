@@ -128,7 +128,11 @@ def sample_latents(
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     scheduler.set_timesteps(steps)
     x_t: Tensor = noise.to(labels.device) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    for number, t in enumerate(scheduler.timesteps, start=1):
         output = guided(predict, x_t, t.to(labels.device).expand(len(labels)), labels, null_label, guidance)
+        if number == len(scheduler.timesteps):
+            output[
+                :, shape[0] :
+            ] = -1  # the least variance: the last step adds no noise (DDPM, algorithm 2), as the scheduler would with a learned one
         x_t = scheduler.step(output, t, x_t, generator=list(generators), return_dict=False)[0]
     return x_t

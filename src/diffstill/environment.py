@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from diffstill.errors import DiffstillError
+
 PACKAGES = ("torch", "diffusers", "numpy", "pillow", "safetensors", "scikit-learn")
 CPU_FACTS = Path("/proc/cpuinfo")
+
+
+def rank_here() -> tuple[int, int]:
+    """The number of this process, and how many there are, as `torchrun` says; (0, 1) where it has not started this one."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in names):
+        return 0, 1  # other schedulers set some of them for purposes of their own
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError as error:
+        raise DiffstillError(f"RANK and WORLD_SIZE are {os.environ['RANK']!r} and {os.environ['WORLD_SIZE']!r}, no numbers; unset them") from error
 
 
 def environment() -> dict[str, str]:

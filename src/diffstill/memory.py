@@ -45,7 +45,7 @@ class ClassMemory:
         present, of = labels.unique(return_inverse=True)
         turn = (labels[:, None] == labels[None, :]).tril(-1).sum(dim=1)  # how many of its class came before it in the batch
         most = int(turn.max()) + 1
-        classes, of, turn = present.to(device), of.to(device), turn.to(device)
+        classes, of, turn = _sent(present, device), _sent(of, device), _sent(turn, device)
 
         newcomers = self.entries.new_zeros(len(present), most, vectors.shape[1])
         newcomers[of, turn] = normalize(vectors.float(), dim=1)
@@ -90,6 +90,11 @@ class ClassMemory:
         """Take back what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _extreme_per_class(similarity: Tensor, labels: Tensor, memory: ClassMemory, reduce: Literal["amin", "amax"]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffstill.artifacts import open_artifact
 from diffstill.errors import DiffstillError
-from diffstill.networks import apply_delta, fold_scales, open_generator, save_generator
+from diffstill.networks import ABOUT, apply_delta, fold_scales, open_generator, save_generator
 
 
 def merge(generator: Path, denoiser: Path, output: Path, seed: int | None = None) -> int:
@@ -41,5 +41,7 @@ def merge(generator: Path, denoiser: Path, output: Path, seed: int | None = None
         save_generator(opened, folder, list(names.values()))
         if (made.folder / "class_map.json").is_file():
             shutil.copyfile(made.folder / "class_map.json", folder / "class_map.json")
+        said = {"frequency_shift": made.facts["frequency_shift"], "licence": made.facts.get("licence")}
+        (folder / ABOUT).write_text(json.dumps(said, indent=1) + "\n")
         folder.rename(output)
     return chosen

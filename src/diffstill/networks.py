@@ -37,6 +37,8 @@ ORIGINAL_FREQUENCY_SHIFT = 0.0
 LABEL_TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 LABEL_ROWS = "label_rows"
 """In a delta: which rows of the label table it holds."""
+ABOUT = "diffstill.json"
+"""In a merged folder: what no configuration of diffusers says of its weights."""
 DECODED_AT_ONCE = 32
 """Latents per pass through the decoder; its activations at 256 px take some 0.3 GB an image."""
 
@@ -261,8 +263,9 @@ def load_generator(folder: Path, frequency_shift: float = STOCK_FREQUENCY_SHIFT,
     try:
         transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True, low_cpu_mem_usage=False)
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError, RuntimeError) as error:
+        build_scheduler("ddpm", scheduler, learned_variance=False)
+        dict(json.loads((folder / "model_index.json").read_text()))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise DiffstillError(
             f"{folder}: not a diffusers DiTPipeline folder with safetensors weights ({' '.join(str(error).split())[:200]})"
         ) from error
@@ -279,6 +282,8 @@ def open_generator(made: Artifact) -> Generator:
 
 def load_vae(folder: Path) -> Any:
     """A diffusers AutoencoderKL folder, in `eval()` mode. Raises `DiffstillError` where the folder is not one."""
+    if not (folder / "config.json").is_file():
+        raise DiffstillError(f"{folder}: has no config.json, so it is not a diffusers AutoencoderKL folder; name the one that has it")
     try:
         vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -286,6 +291,11 @@ def load_vae(folder: Path) -> Any:
             f"{folder}: not a diffusers AutoencoderKL folder with safetensors weights ({' '.join(str(error).split())[:200]})"
         ) from error
     return vae.eval().requires_grad_(False)
+
+
+def empty_transformer(**shape: Any) -> Any:
+    """A DiT of diffusers' class whose weights mean nothing yet."""
+    return DiTTransformer2DModel(**shape)
 
 
 def set_frequency_shift(transformer: Any, shift: float) -> None:

@@ -9,19 +9,20 @@ import hashlib
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from diffstill import imagenet
 from diffstill.config import PretrainConfig
 from diffstill.errors import DiffstillError
-from diffstill.networks import ORIGINAL_FREQUENCY_SHIFT, set_frequency_shift, share_embedder
+from diffstill.networks import ORIGINAL_FREQUENCY_SHIFT, empty_transformer, set_frequency_shift, share_embedder
 
 IMAGENET = 1000
 MEAN = "mean"
@@ -48,8 +49,14 @@ def read_checkpoint(path: Path) -> Any:
     frequencies and the epsilon of the norms are those of the original. Raises `DiffstillError` naming what does not fit.
     """
     state = _read_state(path)
-    transformer = _like(state, path)
-    converted = _converted(state, len(transformer.transformer_blocks))
+    try:
+        transformer = _like(state, path)
+        converted = _converted(state, len(transformer.transformer_blocks))
+        positions = state["pos_embed"].expand(transformer.pos_embed.pos_embed.shape)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise DiffstillError(
+            f"{path}: its weights do not make a DiT ({type(error).__name__}: {' '.join(str(error).split())[:120]}); give the original checkpoint"
+        ) from error
     theirs, ours = set(converted), set(transformer.state_dict())
     if theirs != ours:
         odd = sorted(theirs ^ ours)[0]
@@ -58,7 +65,7 @@ def read_checkpoint(path: Path) -> Any:
         if converted[name].shape != value.shape:
             raise DiffstillError(f"{path}: weight `{name}` is {tuple(converted[name].shape)} where {tuple(value.shape)} is expected")
     transformer.load_state_dict(converted)
-    _check_positions(state["pos_embed"], transformer, path)
+    _check_positions(positions, transformer, path)
     share_embedder(transformer)
     set_frequency_shift(transformer, ORIGINAL_FREQUENCY_SHIFT)
     return transformer.eval().requires_grad_(False)
@@ -66,15 +73,18 @@ def read_checkpoint(path: Path) -> Any:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+        with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):  # training checkpoints keep their options in one
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise DiffstillError(
             f"{path}: not a file of plain tensors ({' '.join(str(error).split())[:160]}); give the original DiT checkpoint"
         ) from error
     state = loaded.get("ema", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not {"pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight"} <= state.keys():
         raise DiffstillError(f"{path}: holds no DiT (`pos_embed`, `x_embedder.proj.weight` and the like); give the original DiT checkpoint")
-    return {name: value.float() for name, value in state.items()}
+    if odd := [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point()]:
+        raise DiffstillError(f"{path}: {str(odd[0])!r:.60} is no tensor of weights; give the original DiT checkpoint")
+    return {name: value.to_dense().float() for name, value in state.items()}
 
 
 def _like(state: Mapping[str, Tensor], path: Path) -> Any:
@@ -83,7 +93,9 @@ def _like(state: Mapping[str, Tensor], path: Path) -> Any:
     heads = HEADS.get(width, width // 64)
     if heads * (width // max(heads, 1)) != width or (width not in HEADS and width % 64):
         raise DiffstillError(f"{path}: its width {width} is no multiple of 64, the width of a head; it is none of the DiT family")
-    return DiTTransformer2DModel(
+    if len(state["y_embedder.embedding_table.weight"]) < 2:
+        raise DiffstillError(f"{path}: its label table has no label beside the null label; it cannot be told classes")
+    return empty_transformer(
         num_layers=1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))),
         num_attention_heads=heads,
         attention_head_dim=width // heads,
@@ -135,7 +147,7 @@ _NAMES = {
 
 def _check_positions(positions: Tensor, transformer: Any, path: Path) -> None:
     """Positions are computed, not stored, in diffusers: they must be the same ones."""
-    if not torch.allclose(positions, transformer.pos_embed.pos_embed.to(positions), atol=1e-5):
+    if not torch.allclose(positions, transformer.pos_embed.pos_embed.to(positions), atol=1e-3):
         raise DiffstillError(f"{path}: has other position embeddings than the sine and cosine of the original DiT; it cannot be converted")
 
 
@@ -161,8 +173,8 @@ class ClassLabel:
 def map_classes(classes: Sequence[str], known: Sequence[str] | None, count: int, chosen: Mapping[str, str]) -> list[ClassLabel]:
     """The class map: a label of a generator with `count` labels, named `known` where it names them, for each of `classes`.
 
-    What `chosen` says of a class goes first: a label's number, a wnid, `mean`, or `new:<number or wnid>`. Then a wnid is its
-    ImageNet index where the generator has 1,000 labels, a name that the generator knows is that label, and without any
+    What `chosen` says of a class goes first: a label's number, a wnid, `mean`, or `new:<number or wnid>`. Then a name that the
+    generator knows is that label, a wnid is its ImageNet index where the generator has 1,000 labels, and without any
     names as many classes as labels are taken in order. Any other class gets a new row, which begins as the mean of all.
     Raises `DiffstillError` on a choice that cannot be, and on two classes of one label.
     """
@@ -181,10 +193,10 @@ def map_classes(classes: Sequence[str], known: Sequence[str] | None, count: int,
 
 
 def _guessed(name: str, position: int, number: int, known: Sequence[str] | None, count: int, classes: int) -> ClassLabel:
-    if count == IMAGENET and (index := imagenet.index_of(name)) is not None:
-        return ClassLabel(name, index, "imagenet")
     if known is not None and name in known:
         return ClassLabel(name, known.index(name), "name")
+    if count == IMAGENET and (index := imagenet.index_of(name)) is not None:
+        return ClassLabel(name, index, "imagenet")
     if known is None and count == classes:
         return ClassLabel(name, position, "order")
     return ClassLabel(name, number, f"new: {MEAN}")
@@ -203,6 +215,14 @@ def _chosen(name: str, choice: str, number: int, count: int) -> ClassLabel:
             "label, or `new:` and a label to begin as a copy of it"
         )
     return ClassLabel(name, number, f"new: copy of {wanted}", label) if new else ClassLabel(name, label, "chosen")
+
+
+def label_names(found: Sequence[ClassLabel], known: Sequence[str] | None, count: int) -> list[str]:
+    """The names of all labels, new ones included: those the generator knows, else ImageNet's wnids, else those of the classes."""
+    by_label = {one.label: one.name for one in found}
+    if known is None:
+        known = imagenet.SUBSETS["imagenet1k"] if count == IMAGENET else [by_label.get(label, f"label-{label}") for label in range(count)]
+    return [*known, *(one.name for one in found if one.new)]
 
 
 def class_map(found: Sequence[ClassLabel]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
+from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -108,13 +109,18 @@ def joined(device: str) -> Iterator[Ranks]:
 
     All leave together when the block ends well; after an error nobody waits for the others, whom `torchrun` ends.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = rank_here()[1]
     if count == 1:
         yield Ranks(0, 1, device)
         return
     cuda = torch.device(device).type == "cuda"
     if cuda:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= here:
+            raise DiffstillError(
+                f"this machine has {here} GPUs, but torchrun has started a process for number {local + 1}; start as many as there are"
+            )
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = Ranks(dist.get_rank(), count, device)

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import resource
 import shutil
 import sys
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from diffstill import storage
 from diffstill.artifacts import ANCESTORS, MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
 from diffstill.config import Params, Section
+from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress, ignore
 from diffstill.references import S3Reference, fetch, listing_digest, parse, pin
@@ -192,11 +192,11 @@ def run_stage(
 
 def _is_main(name: str, stage: Stage) -> bool:
     """Whether this process writes and tracks: the first of those that `torchrun` has started, or the only one."""
-    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    if count != "1" and not stage.in_ranks:
+    rank, count = rank_here()
+    if count > 1 and not stage.in_ranks:
         able = ", ".join(one for one, other in STAGES.items() if other.in_ranks)
         raise DiffstillError(f"`{name}` runs in one process, but torchrun has started {count} (WORLD_SIZE); only {able} can be started so")
-    return rank == "0"
+    return rank == 0
 
 
 def _landing(stage: Stage, paths: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:

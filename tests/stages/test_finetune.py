@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from chains import Chain, contents
 from diffstill.artifacts import Rows, open_artifact
 from diffstill.config import FinetuneConfig, Params
+from diffstill.diffusion import add_noise, drop_labels, variational_loss
 from diffstill.errors import DiffstillError
 from diffstill.networks import load_generator
 from diffstill.pictures import contact_sheet, read_png
+from diffstill.pretrained import read_checkpoint
 from diffstill.ranks import Ranks
-from diffstill.record import Progress
-from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, finetune
+from diffstill.record import Progress, ignore
+from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, _Ahead, finetune
 from diffstill.stages.sample import sample
+from original_dit import random_checkpoint
 from slow_memory import SlowMemory
 
 
@@ -104,6 +110,59 @@ def test_the_gradient_is_that_of_the_whole_sum(tiny_chain: Chain) -> None:
     assert weight.grad[0].item() == pytest.approx((total_at[1] - total_at[-1]) / 2e-3, rel=0.05, abs=2e-3)
 
 
+def test_a_learned_variance_is_trained_with_weight_one(tiny_chain: Chain, tmp_path: Path) -> None:
+    torch.save(random_checkpoint(depth=1, width=64, classes=3, side=4), tmp_path / "DiT.pt")
+    plain = tuning(tiny_chain)
+    opened = replace(load_generator(tiny_chain.artifacts / "generator"), transformer=read_checkpoint(tmp_path / "DiT.pt"))
+    run = FineTuning(settings_of(tiny_chain, policy="none"), 0, plain.data, opened)
+    batch, abar = run.draw(0), run.alphas_cumprod
+    x_t = add_noise(batch.x0, batch.eps, abar[batch.t])
+    with torch.no_grad():
+        output = run.opened.predict(x_t, batch.t, drop_labels(batch.classes, batch.dropped, 3))
+    squares = (output[:, :4] - batch.eps).square().mean()
+    bits = variational_loss(output, batch.x0, x_t, batch.t, abar)
+    run.step()
+    assert bits > 0.01 * squares
+    assert run.history[0, 0].item() == pytest.approx((squares + bits).item(), rel=1e-4)
+    gradient = next(weight.grad for name, weight in zip(run.names, run.training.weights, strict=True) if name == "proj_out_2.bias")
+    assert gradient is not None
+    assert gradient.reshape(2, 2, 8)[..., 4:].abs().min() > 0  # that of the variance
+
+
+def test_draws_are_spread_as_the_settings_say(tiny_chain: Chain) -> None:
+    """Labels dropped as often as asked for, all timesteps, both views, a posterior sample and not its mean."""
+    run = tuning(tiny_chain, batch_size=4000, label_drop=0.2)
+    batch = run.draw(0)
+    assert batch.dropped.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert batch.t.float().mean().item() == pytest.approx(499.5, abs=20)
+    assert (batch.t.min() < 10, batch.t.max() > 989) == (True, True)
+    again = tuning(tiny_chain, batch_size=4000).draw(0).x0
+    wide = replace(run.data, std=torch.full_like(run.data.std, 10 / run.data.scaling))
+    run.data = wide
+    assert torch.equal(again, batch.x0)
+    assert run.draw(0).x0.std().item() == pytest.approx(10, rel=0.05)
+    mirrored = replace(wide, mean=torch.stack([torch.full(wide.shape, -1.0), torch.full(wide.shape, 1.0)]).expand(len(wide.labels), -1, -1, -1, -1))
+    run.data = replace(mirrored, std=torch.zeros_like(mirrored.mean))
+    assert run.draw(0).x0.sign().mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_what_is_drawn_ahead_is_what_would_have_been_drawn(tiny_chain: Chain) -> None:
+    class Drawer:
+        run, asked = tuning(tiny_chain), list[int]()
+
+        def draw(self, step: int) -> Any:
+            self.asked.append(step)
+            return self.run.draw(step)
+
+    drawer = Drawer()
+    ahead = _Ahead(drawer.draw)
+    for step in (3, 4, 5, 1):  # the last after a jump
+        for ours, theirs in zip(vars(ahead.take(step)).values(), vars(drawer.run.draw(step)).values(), strict=True):
+            assert torch.equal(ours, theirs)
+    ahead._coming[2].result()
+    assert drawer.asked == [3, 4, 5, 6, 1, 2]
+
+
 def test_draws_depend_on_seed_and_step_alone(tiny_chain: Chain) -> None:
     one, other = tuning(tiny_chain), tuning(tiny_chain)
     other.step()
@@ -152,6 +211,28 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tiny_chain: Chain) -> No
     data = tuning(tiny_chain).data
     with pytest.raises(DiffstillError, match="a batch of 9 cannot be cut evenly over 2 processes"):
         FineTuning(settings_of(tiny_chain, batch_size=9), 0, data, load_generator(tiny_chain.artifacts / "generator"), Ranks(0, 2, "cpu"))
+
+
+def test_what_is_written_are_the_averages_and_nothing_stays_behind(tiny_chain: Chain, tmp_path: Path) -> None:
+    run = tuning(tiny_chain, steps=3, learning_rate=0.05, ema_decay=0.5)
+    run.train(None, ignore)
+    run.write(tmp_path / "seed-0")
+    written = load_file(tmp_path / "seed-0" / "delta.safetensors")
+    for name, average, weight in zip(run.names, run.training.average, run.training.weights, strict=True):
+        assert torch.equal(written[name], average)
+        assert not torch.equal(average, weight) or not weight.grad.any()
+    seen = ref(run)
+    del run
+    assert seen() is None  # not even until the next garbage collection: two generators would not fit on a GPU
+
+
+def test_candidates_of_an_epoch_are_counted(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 3 * (5 + 2 + 4 * 10) * 4 * 4 * 4 * 4
+    monkeypatch.setattr("diffstill.stages.finetune.free_memory", lambda _: needed - 1)
+    config = {"capacity_real": 5, "capacity_gen": 2, "epoch_candidates": 10}
+    with pytest.raises(DiffstillError, match="the memories of 3 classes take"):
+        tuning(tiny_chain, update="epoch", **config)
+    tuning(tiny_chain, update="step", **config)
 
 
 def test_balanced_batches(tiny_chain: Chain) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,25 @@ def test_classes_go_to_the_labels_of_their_names_and_unknown_ones_to_new_labels(
     assert "mine" in caplog.text
     old, new = (load_generator(folder).transformer.state_dict()[LABEL_TABLE] for folder in (source, tmp_path / "out"))
     assert torch.equal(new, torch.stack([old[0], old[1], old[2], old[1], old[3]]))
+
+
+def test_weights_of_the_hub_want_the_original_frequencies(tiny_chain: Chain, tmp_path: Path) -> None:
+    weights = tmp_path / "snapshot"
+    shutil.copytree(tiny_chain.artifacts / "generator", weights)
+    (weights / "manifest.json").unlink()
+    for location, shift in (("hf://facebook/DiT-XL-2-256@main", 0), ("hf://somebody/else@main", 1)):
+        config = settings_of(tiny_chain, source="folder", location=location)
+        pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / f"{shift}", weights=weights)
+        assert open_artifact(tmp_path / f"{shift}", "generator").facts["frequency_shift"] == shift
+
+
+def test_another_autoencoder_takes_the_place_of_the_folders_own(tiny_chain: Chain, tmp_path: Path) -> None:
+    source, vae = tiny_chain.artifacts / "generator", tmp_path / "vae"
+    shutil.copytree(source / "vae", vae)
+    (vae / "config.json").write_text(json.dumps(json.loads((vae / "config.json").read_text()) | {"scaling_factor": 0.125}))
+    config = settings_of(tiny_chain, source="folder", location=str(source), autoencoder=str(vae))
+    pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    assert open_generator(open_artifact(tmp_path / "out", "generator")).vae.config.scaling_factor == 0.125
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from weakref import WeakMethod, finalize
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffstill.artifacts import Array, Artifact, Rows, WorkFolder, new_artifact, open_artifact, refuse_foreign, to_pixels
+from diffstill.artifacts import Array, Artifact, Draft, Rows, WorkFolder, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import FinetuneConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicted_clean, variational_loss
 from diffstill.errors import DiffstillError
@@ -64,16 +65,24 @@ def finetune(
         work = written.enter_context(WorkFolder("finetune", config, inputs)) if ranks.main else None
         draft = written.enter_context(new_artifact(denoiser, "denoiser", config, inputs)) if ranks.main else None
         for seed in config.seeds:
-            run = FineTuning(config, seed, data, open_generator(made).to(ranks.device), ranks)
-            run.train(work, record)
-            if draft:
-                run.write(draft.folder / f"seed-{seed}")
-                record.file(draft.folder / f"seed-{seed}" / "metrics.csv")
+            facts, last = _tune(config, seed, data, made, ranks, work, draft, record)
         if draft:
-            draft.facts |= _facts(config, run)
+            draft.facts |= facts
     if work:
         work.clear()
-    return run.last()
+    return last
+
+
+def _tune(
+    config: FinetuneConfig, seed: int, data: Latents, made: Artifact, ranks: Ranks, work: WorkFolder | None, draft: Draft | None, record: Record
+) -> tuple[dict[str, object], dict[str, float]]:
+    """One fine-tune, written by the main rank; its facts and last metrics. Networks and memories are free again when it returns."""
+    run = FineTuning(config, seed, data, open_generator(made).to(ranks.device), ranks)
+    run.train(work, record)
+    if draft:
+        run.write(draft.folder / f"seed-{seed}")
+        record.file(draft.folder / f"seed-{seed}" / "metrics.csv")
+    return _facts(config, run), run.last()
 
 
 def _facts(config: FinetuneConfig, run: FineTuning) -> dict[str, object]:
@@ -103,9 +112,8 @@ class Latents:
         """On the device where they take no more than `RESIDENT` of its free memory, else read from disk as they are drawn."""
         facts = encoded.facts
         mean, std, labels = (Rows(encoded.folder, "train", name) for name in ("mean", "std", "labels"))
-        found: list[Tensor | Rows] = [mean, std]
-        if 2 * 2 * math.prod(mean.shape) <= RESIDENT * free_memory(device):
-            found = [torch.from_numpy(rows[:]).to(device) for rows in (mean, std)]
+        fits = 2 * 2 * math.prod(mean.shape) <= RESIDENT * free_memory(device)
+        found = [_loaded(rows, device) if fits else rows for rows in (mean, std)]
         return Latents(found[0], found[1], torch.from_numpy(labels[:]), len(facts["classes"]), facts["scaling_factor"], device)
 
     @property
@@ -126,6 +134,14 @@ class Latents:
     def members(self) -> list[Array]:
         """The image numbers of each class."""
         return [np.flatnonzero(self.labels.numpy() == label) for label in range(self.classes)]
+
+
+def _loaded(rows: Rows, device: str, at_once: int = 4096) -> Tensor:
+    """All rows on the device, never twice in memory."""
+    whole = torch.empty(rows.shape, dtype=torch.float16, device=device)
+    for start in range(0, len(rows), at_once):
+        whole[start : start + at_once] = torch.from_numpy(rows[start : start + at_once])
+    return whole
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,7 @@ class FineTuning:
         self.memories = self._empty_memories()
         self.candidates = {name: _Candidates(config.epoch_candidates) for name in self.memories}
         self.history = torch.zeros(self.steps, len(METRICS), device=data.device)
-        self.drawn = _Ahead(self.draw) if torch.device(data.device).type == "cuda" else self.draw
+        self.ahead = _Ahead(self.draw) if torch.device(data.device).type == "cuda" else None
 
     def _empty_memories(self) -> dict[str, ClassMemory]:
         policy = self.config.policy
@@ -170,7 +186,8 @@ class FineTuning:
             return {}
         dim = math.prod(self.data.shape)
         capacities = {"real": self.config.capacity_real, "gen": self.config.capacity_gen}
-        self._refuse_crowding(sum(capacities.values()) * self.data.classes * dim * 4)
+        waiting = 2 * self.config.epoch_candidates if self.config.update == "epoch" else 0
+        self._refuse_crowding((sum(capacities.values()) + 2 * waiting) * self.data.classes * dim * 4)  # twice: as they wait, and as they join
         return {name: ClassMemory(self.data.classes, capacity, dim, policy, self.data.device) for name, capacity in capacities.items()}
 
     def draw(self, step: int) -> _Batch:
@@ -191,7 +208,7 @@ class FineTuning:
         This rank predicts its rows; both terms are of the whole batch, so that they do not depend on the number of ranks.
         """
         config, done = self.config, self.training.done
-        batch = self.drawn(done)
+        batch = self.ahead.take(done) if self.ahead else self.draw(done)
         loss, x0_hat = self._predict(batch[self.mine])
         x0_hat = self.ranks.gather(x0_hat)
         usable = self._usable(batch)
@@ -345,16 +362,24 @@ class FineTuning:
 
 
 class _Ahead:
-    """Draws the batch of the next step while the device computes this one."""
+    """Draws the batch of the next step while the device computes this one. Keeps alive neither what draws nor its thread."""
 
     def __init__(self, draw: Callable[[int], _Batch]) -> None:
-        self._draw, self._pool = draw, ThreadPoolExecutor(1)
-        self._coming: dict[int, Future[_Batch]] = {}
+        self._draw, pool = WeakMethod(draw), ThreadPoolExecutor(1)
+        self._submit, self._coming = pool.submit, dict[int, Future[_Batch]]()
+        finalize(self, pool.shutdown, wait=False, cancel_futures=True)
 
-    def __call__(self, step: int) -> _Batch:
+    def _drawn(self, step: int) -> _Batch:
+        draw = self._draw()
+        if draw is None:
+            raise RuntimeError("who draws is gone")
+        return draw(step)
+
+    def take(self, step: int) -> _Batch:
+        """The batch of `step`."""
         coming = self._coming.pop(step, None)
-        batch = coming.result() if coming else self._draw(step)
-        self._coming = {step + 1: self._pool.submit(self._draw, step + 1)}
+        batch = coming.result() if coming else self._drawn(step)
+        self._coming = {step + 1: self._submit(_Ahead._drawn, self, step + 1)}
         return batch
 
 
@@ -367,7 +392,7 @@ class _Candidates:
 
     def collect(self, vectors: Tensor, labels: Tensor) -> None:
         for vector, label in zip(vectors, labels.tolist(), strict=True):
-            self.newest[label].append((self.seen, vector))
+            self.newest[label].append((self.seen, vector.clone()))  # a row alone would keep its whole batch alive
             self.seen += 1
 
     def release(self) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from diffstill.artifacts import (
     MANIFEST,
     Artifact,
+    Rows,
     WorkFolder,
     load_split,
     new_artifact,
@@ -28,6 +30,7 @@ from diffstill.config import DitConfig, PretrainConfig, VaeConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, sample_latents
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
+    ABOUT,
     DECODED_AT_ONCE,
     ORIGINAL_FREQUENCY_SHIFT,
     STOCK_FREQUENCY_SHIFT,
@@ -42,7 +45,7 @@ from diffstill.networks import (
     set_frequency_shift,
 )
 from diffstill.pictures import contact_sheet, save_png
-from diffstill.pretrained import class_map, known_licence, map_classes, read_checkpoint, weights_digest
+from diffstill.pretrained import class_map, known_licence, label_names, map_classes, read_checkpoint, weights_digest
 from diffstill.record import Record, ignore
 from diffstill.training import Training, batch_indices, pack, seeded, set_threads
 
@@ -116,11 +119,12 @@ def _take_over(
     """Pretrained weights with a label for every class, as a folder of our own."""
     if source is None:
         raise DiffstillError("`pretrain.location` is null, but pretrained weights are asked for; name their folder or file")
-    licence = config.licence or known_licence(config)
+    about = _about(source)
+    licence = config.licence or about.get("licence") or known_licence(config)
     log.warning("pretrained weights: %s", licence)
     made = _opened(config, source, autoencoder)
     _check_fit(made, real, source)
-    names = _label_names(source)
+    names = _label_names(source, made.null_label)
     found = map_classes(real.facts["classes"], names, made.null_label, config.labels)
     added = [one for one in found if one.new]
     if added:
@@ -130,7 +134,7 @@ def _take_over(
             len(found),
             _shortened([one.name for one in added]),
         )
-    table = [*(names or map(str, range(made.null_label))), *(one.name for one in added)]
+    table = label_names(found, names, made.null_label)
     made = replace(made, transformer=add_labels(made.transformer, [one.copied for one in added]), labels=[one.label for one in found]).to(device)
     with new_artifact(generator, "generator", config, {"images": real}) as draft:
         metrics = _judge(made, real, draft.folder, record)
@@ -151,16 +155,27 @@ def _opened(config: PretrainConfig, source: Path, autoencoder: Path | None) -> G
     else:
         made = load_generator(source, _shift_of(config, source))
         made = replace(made, vae=vae or made.vae)
+        if made.learned_variance and config.frequency_shift is None and made.frequency_shift == STOCK_FREQUENCY_SHIFT:
+            log.warning(
+                "%s predicts a variance, as weights of the original DiT code do; if it comes from there, set `pretrain.frequency_shift: 0`", source
+            )
     if config.frequency_shift is not None:
         set_frequency_shift(made.transformer, float(config.frequency_shift))
     return made
 
 
 def _shift_of(config: PretrainConfig, source: Path) -> float:
-    """A generator of ours says it in its manifest; the weights on the hub are those of the original DiT code."""
-    if (source / MANIFEST).is_file():
-        return float(read_manifest(source, "generator").facts["frequency_shift"])
+    """A generator of ours says it itself; the weights on the hub are those of the original DiT code."""
+    if "frequency_shift" in (about := _about(source)):
+        return float(about["frequency_shift"])
     return ORIGINAL_FREQUENCY_SHIFT if "facebook/DiT" in (config.location or "") else STOCK_FREQUENCY_SHIFT
+
+
+def _about(source: Path) -> dict[str, Any]:
+    """What a folder of ours, an artifact or merged, says of its weights; nothing of anyone else's."""
+    if (source / MANIFEST).is_file():
+        return read_manifest(source, "generator").facts
+    return dict(json.loads((source / ABOUT).read_text())) if (source / ABOUT).is_file() else {}
 
 
 def _only_file(source: Path) -> Path:
@@ -181,6 +196,13 @@ def _check_fit(made: Generator, real: Artifact, source: Path) -> None:
             f"{source}: makes images of {config.in_channels} x {side} px, but `prepare` gave {facts['channels']} x {facts['side']} px; "
             f"set `prepare.channels: {config.in_channels}` and `prepare.side: {side}`"
         )
+    if made.transformer.out_channels not in (made.latent_shape[0], 2 * made.latent_shape[0]):
+        raise DiffstillError(
+            f"{source}: the transformer gives {made.transformer.out_channels} channels for latents of {made.latent_shape[0]}; noise, or noise and variance, is "
+            "as many or twice as many"
+        )
+    if not all(weight.isfinite().all() for network in (made.transformer, made.vae) for weight in network.parameters()):
+        raise DiffstillError(f"{source}: holds weights that are no finite numbers; get them anew")
     if config.latent_channels != made.latent_shape[0]:
         raise DiffstillError(
             f"{source}: the transformer takes latents of {made.latent_shape[0]} channels, the autoencoder gives {config.latent_channels}; "
@@ -188,11 +210,12 @@ def _check_fit(made: Generator, real: Artifact, source: Path) -> None:
         )
 
 
-def _label_names(source: Path) -> list[str] | None:
-    """The names of the labels, where the folder has them all."""
+def _label_names(source: Path, count: int) -> list[str] | None:
+    """The names of the `count` labels, where the folder has them all."""
     index = source / "model_index.json"
-    named = (json.loads(index.read_text()).get("id2label") if index.is_file() else None) or {}
-    return [str(named[str(label)]) for label in range(len(named))] if named and all(str(label) in named for label in range(len(named))) else None
+    named = json.loads(index.read_text()).get("id2label") if index.is_file() else None
+    known = named if isinstance(named, dict) else {}
+    return [str(known[str(label)]) for label in range(count)] if set(known) == {str(label) for label in range(count)} else None
 
 
 def _shortened(names: list[str], shown: int = 5) -> str:
@@ -289,7 +312,7 @@ def _moments(made: Generator, images: Tensor, chunk: int = 256) -> tuple[Tensor,
 def _judge(made: Generator, real: Artifact, folder: Path, record: Record) -> dict[str, float]:
     """Reconstruction error on val; a picture of val images above their reconstructions, and one of guided samples."""
     device = next(made.vae.parameters()).device
-    images = torch.from_numpy(to_unit(load_split(real, "val")[0][:JUDGED])).to(device)
+    images = torch.from_numpy(to_unit(Rows(real.folder, "val", "pixels")[:JUDGED])).to(device)
     rebuilt = torch.cat([made.vae.decode(made.encode(part)[0]).sample for part in images.split(_at_once(images))])
     _show(torch.stack([images[:16], rebuilt[:16]]), folder / "reconstructions.png", record)
     _show(_samples(made, len(real.facts["classes"]), device), folder / "samples.png", record)
