@@ -53,6 +53,8 @@ def read_checkpoint(path: Path) -> Any:
         transformer = _like(state, path)
         converted = _converted(state, len(transformer.transformer_blocks))
         positions = state["pos_embed"].expand(transformer.pos_embed.pos_embed.shape)
+    except DiffstillError:
+        raise
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise DiffstillError(
             f"{path}: its weights do not make a DiT ({type(error).__name__}: {' '.join(str(error).split())[:120]}); give the original checkpoint"
