@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, mse_loss
+from torch.nn.functional import mse_loss, normalize
 from torch.utils.data import DataLoader
 
 from diffstill import torchvision_shim  # noqa: F401  isort:skip  (before torchvision)
@@ -41,14 +41,13 @@ class ListMemory:
             own = self.entries[label]
             own.append(vector)
             while len(own) > self.capacity:
-                stacked = torch.stack(own)
-                similarity = cosine_similarity(stacked[:, None], stacked[None], dim=-1)
-                own.pop(int(similarity.sum(dim=1).argmax().item()))
+                stacked = normalize(torch.stack(own), dim=1)
+                own.pop(int((stacked @ stacked.T).sum(dim=1).argmax().item()))
 
     def similarity(self, vectors: Tensor, label: int) -> Tensor | None:
         """Of each vector to each entry of the class."""
         own = self.entries[label]
-        return cosine_similarity(vectors[:, None], torch.stack(own)[None], dim=-1) if own else None
+        return normalize(vectors, dim=1) @ normalize(torch.stack(own), dim=1).T if own else None
 
 
 class BaselineLoop:

@@ -76,7 +76,7 @@ def ours(pixels: np.ndarray, labels: np.ndarray, name: str, side: int, steps: st
 
 def main() -> None:
     """One row."""
-    parser = options(__doc__, side=32, images_per_class=10, student_steps=150, workers=0)
+    parser = options(__doc__, side=32, images_per_class=10, student_steps=20, workers=0)
     parser.set_defaults(steps=1, warm=1)
     parser.add_argument("--student", default="convnet-3")
     given = parser.parse_args()
