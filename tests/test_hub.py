@@ -56,6 +56,7 @@ def test_weights_are_pinned_fetched_once_and_recorded(tiny_chain: Chain, tmp_pat
     assert open_artifact(tmp_path / "generator", "generator").digest == made.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("location", "environment", "told"),
     [

@@ -178,6 +178,7 @@ def test_what_the_main_rank_measures_is_handed_on(ranks):
     ) == {"loss": 0.0, "ranks": 3}
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_stage_is_one_message_and_exit_code_2(tiny_chain, tmp_path, monkeypatch, capfd):
     from diffstill.task import run_task
 

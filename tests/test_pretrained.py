@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [128, 1152])
+@pytest.mark.parametrize("width", [128, pytest.param(1152, marks=pytest.mark.slow)])
 def test_the_converted_checkpoint_computes_what_the_paper_says_at_every_t(tmp_path: Path, width: int) -> None:
     weights = random_checkpoint(depth=3 if width == 128 else 1, width=width, classes=20, side=8 if width == 128 else 4)
     torch.save(weights, tmp_path / "DiT.pt")

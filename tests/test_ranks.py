@@ -67,7 +67,8 @@ def alone(tiny_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_more_processes_give_the_same_run(tiny_chain: Chain, alone: Run, tmp_path: Path, count: int) -> None:
     run = tune(tiny_chain, tmp_path, count)
     assert run.done.returncode == 0, run.done.stderr
