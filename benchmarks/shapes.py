@@ -60,7 +60,8 @@ def random_generator(size: Size, device: str) -> Generator:
 
 def forward_flop(generator: Generator) -> float:
     """Floating-point operations of the transformer's forward pass for one image: 0.237e12 for DiT-XL/2 at 256 px."""
-    meta = DiTTransformer2DModel.from_config(generator.transformer.config).to("meta")
+    with torch.device("meta"):
+        meta = DiTTransformer2DModel.from_config(generator.transformer.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(
             torch.zeros(1, *generator.latent_shape, device="meta"),
