@@ -377,8 +377,8 @@ class _Ahead:
 
     def take(self, step: int) -> _Batch:
         """The batch of `step`."""
-        coming = self._coming.pop(step, None)
-        batch = coming.result() if coming else self._drawn(step)
+        coming = self._coming.pop(step, None) or self._submit(_Ahead._drawn, self, step)  # one thread draws them all
+        batch = coming.result()
         self._coming = {step + 1: self._submit(_Ahead._drawn, self, step + 1)}
         return batch
 
