@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several test processes share the cores
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a suite that was started in the background; what it starts would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 

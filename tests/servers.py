@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,42 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 KEY, SECRET = "testing", "s3cr3t-of-tests"
-
-CEPH_SETTINGS = """[global]
-fsid = {fsid}
-mon_host = [v2:127.0.0.1:{monitor}/0]
-public_addr = 127.0.0.1
-cluster_addr = 127.0.0.1
-osd_pool_default_size = 1
-osd_pool_default_min_size = 1
-osd_pool_default_pg_num = 1
-osd_pool_default_pgp_num = 1
-mon_allow_pool_size_one = true
-mon_max_pg_per_osd = 1000
-paxos_propose_interval = 0.05
-debug_rocksdb = 0
-osd_crush_chooseleaf_type = 0
-osd_objectstore = memstore
-memstore_device_bytes = 4294967296
-osd_class_load_list = *
-osd_class_default_list = *
-rgw_frontends = beast endpoint=127.0.0.1:{gateway}
-keyring = {folder}/keyring
-mon_data = {folder}/mon
-osd_data = {folder}/osd
-rgw_data = {folder}/gateway
-crash_dir = {folder}
-run_dir = {folder}
-log_file =
-log_to_stderr = true
-admin_socket =
-"""
-CEPH_RIGHTS = {
-    "mon.": 'caps mon = "allow *"',
-    "client.admin": 'caps mon = "allow *"\ncaps osd = "allow *"',
-    "osd.0": 'caps mon = "allow profile osd"\ncaps osd = "allow *"',
-    "client.rgw": 'caps mon = "allow rw"\ncaps osd = "allow rwx"',
-}
 
 
 def free_port() -> int:
@@ -116,12 +78,6 @@ def _wait(process: subprocess.Popen, port: int, log: Path, seconds: float, answe
     raise AssertionError(f"no server on port {port}: {log.read_text()[-2000:]}")
 
 
-def called(*command: object, **options: Any) -> None:
-    """Run a program that must succeed."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
-    assert done.returncode == 0, f"{command[0]} failed: {done.stdout[-2000:]}"
-
-
 @contextmanager
 def s3(folder: Path, open_requests: int | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     """An S3 server with small pages, its URL and process; after `open_requests` requests it asks for real credentials."""
@@ -170,21 +126,16 @@ def _healthy(port: int) -> bool:
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
     """An empty PostgreSQL from Debian's packages, and its URI for SQLAlchemy. Starts in 2 s; its log goes to `folder`."""
-    binaries = max(Path("/usr/lib/postgresql").glob("*/bin"))
-    rights: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
-    port = free_port()
+    from infra.local.native import Postgres  # not at the top: an image with the tests has no infra
 
-    def ready(port: int) -> bool:  # it listens before it answers
-        return subprocess.run([binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, check=False).returncode == 0
-
-    with TemporaryDirectory(prefix="postgres-") as data:  # outside pytest's folders, which other users cannot enter
-        if rights:
-            shutil.chown(data, "postgres", "postgres")
-        called(binaries / "initdb", "-D", data, "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--locale=C", "--no-sync", cwd=data, **rights)
-        command = [str(binaries / "postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-        log = folder / f"postgres-{port}.log"
-        with served(command, port, log, answers=ready, end=signal.SIGINT, **rights):  # at SIGTERM it waits for its clients
-            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    with TemporaryDirectory(prefix="postgres-") as outside:  # pytest's folders cannot be entered by other users
+        Path(outside).chmod(0o711)
+        server = Postgres(Path(outside) / "data", free_port())
+        server.make()
+        log, rights = folder / f"postgres-{server.port}.log", {"user": server.user, "end": signal.SIGINT}  # at SIGTERM it waits for its clients
+        with served([*server.command], server.port, log, answers=lambda _: server.answers(), **rights):
+            server.set_password(SECRET)
+            yield f"postgresql+psycopg2://mlflow:{SECRET}@127.0.0.1:{server.port}/postgres"
 
 
 @dataclass(frozen=True)
@@ -192,39 +143,26 @@ class Gateway:
     """Ceph's S3 gateway, which knows its accounts, and lets each into its own buckets only."""
 
     url: str
-    settings: Path
+    open_account: Callable[[str, str, str], None]
 
     def account(self, name: str) -> dict[str, str]:
         """Open an account: what points AWS's libraries to the gateway with its credentials."""
         key, secret = f"key-of-{name}", f"s3cr3t-of-{name}"
-        person = (f"--uid={name}", f"--display-name={name}", f"--access-key={key}", f"--secret={secret}")
-        called("radosgw-admin", "-c", self.settings, "user", "create", *person)
+        self.open_account(name, key, secret)
         return s3_environment(self.url, key, secret)
 
 
 @contextmanager
 def ceph(folder: Path) -> Iterator[Gateway]:
     """Ceph from Debian's packages, all in memory: a monitor, a store and the S3 gateway. Starts in 2 s."""
-    monitor, port, cluster, store = free_port(), free_port(), uuid.uuid4(), uuid.uuid4()
-    settings = _ceph_settings(folder, cluster, monitor, port)
-    common = ["-c", str(settings)]
-    called("monmaptool", "--create", "--fsid", cluster, "--addv", "a", f"[v2:127.0.0.1:{monitor}]", folder / "monmap")
-    called("ceph-mon", "--mkfs", "-i", "a", "--monmap", folder / "monmap", *common)
-    with served(["ceph-mon", "-f", "-i", "a", *common], monitor, folder / "mon.log"):
-        called("ceph", *common, "--connect-timeout", 30, "osd", "new", store, 0)
-        called("ceph-osd", "--mkfs", "-i", 0, "--osd-uuid", store, *common)
+    from infra.local.native import IN_MEMORY, Ceph
+
+    server = Ceph(folder / "ceph", free_port())
+    server.make(free_port(), IN_MEMORY.format(bytes=4 * 2**30))
+    with served([*server.monitor_command], server.monitor, folder / "mon.log"):
+        server.make_store()
         with (
-            running(["ceph-osd", "-f", "-i", "0", *common], folder / "osd.log"),
-            served(["radosgw", "-f", "-n", "client.rgw", *common], port, folder / "gateway.log"),
+            running([*server.store_command], folder / "osd.log"),
+            served([*server.gateway_command], server.gateway, folder / "gateway.log"),
         ):
-            yield Gateway(f"http://127.0.0.1:{port}", settings)
-
-
-def _ceph_settings(folder: Path, cluster: uuid.UUID, monitor: int, gateway: int) -> Path:
-    """Write Ceph's settings and keys, and make its folders."""
-    for name in ("mon", "osd", "gateway"):
-        (folder / name).mkdir()
-    key = subprocess.run(["ceph-authtool", "--gen-print-key"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    (folder / "keyring").write_text("".join(f"[{name}]\nkey = {key}\n{rights}\n" for name, rights in CEPH_RIGHTS.items()))
-    (folder / "ceph.conf").write_text(CEPH_SETTINGS.format(fsid=cluster, folder=folder, monitor=monitor, gateway=gateway))
-    return folder / "ceph.conf"
+            yield Gateway(f"http://127.0.0.1:{server.gateway}", server.set_account)

@@ -344,8 +344,6 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(project, server, run_id):
     server.final = "RUNNING"
     command = [sys.executable, "-m", "pipelines", "watch", run_id, "--settings", "settings.yaml"]
     environment = os.environ | {"PYTHONPATH": str(SETTINGS.parents[1])}
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a suite that was started in the background; a child would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as watching:
         assert watching.stdout.readline() == "succeeded  train\n"
         time.sleep(0.2)
