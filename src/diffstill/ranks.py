@@ -94,7 +94,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         everyone = rows.new_empty(ranks.count * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        dist.all_gather(list(everyone.chunk(ranks.count)), rows.contiguous())  # one name in all versions of torch
         return everyone
 
     @staticmethod
