@@ -163,9 +163,9 @@ class KubernetesServer:
         }
 
     def answer(self, method, path, query, body):
-        for verb, pattern, right, action in ROUTES:
+        self.rights.add(right(method, path))
+        for verb, pattern, action in ROUTES:
             if method == verb and (found := re.fullmatch(pattern, path)):
-                self.rights.add(right)
                 return action(self, *found.groups(), query, body)
         raise Refused(403, f"{path} is forbidden")
 
@@ -246,26 +246,35 @@ def _pod(job, number, phase, attempt):
 
 
 JOBS = f"{TRAINER}/namespaces/{NAMESPACE}/trainjobs"
-GROUP = "trainer.kubeflow.org"
 ROUTES = [
-    ("POST", JOBS, (GROUP, "trainjobs", "create"), lambda server, _query, body: server.create(body)),
-    ("GET", f"{JOBS}/([^/]+)", (GROUP, "trainjobs", "get"), lambda server, name, _query, _body: server.get(name)),
-    ("DELETE", f"{JOBS}/([^/]+)", (GROUP, "trainjobs", "delete"), lambda server, name, _query, _body: server.delete(name)),
+    ("POST", JOBS, lambda server, _query, body: server.create(body)),
+    ("GET", f"{JOBS}/([^/]+)", lambda server, name, _query, _body: server.get(name)),
+    ("DELETE", f"{JOBS}/([^/]+)", lambda server, name, _query, _body: server.delete(name)),
     (
         "GET",
         f"{TRAINER}/namespaces/{NAMESPACE}/trainingruntimes/([^/]+)",
-        (GROUP, "trainingruntimes", "get"),
         lambda _server, name, _query, _body: _none(name),
     ),
     (
         "GET",
         f"{TRAINER}/clustertrainingruntimes/([^/]+)",
-        (GROUP, "clustertrainingruntimes", "get"),
         lambda server, name, _query, _body: server.runtime(name),
     ),
-    ("GET", f"/api/v1/namespaces/{NAMESPACE}/pods", ("", "pods", "list"), lambda server, query, _body: server.pods(query)),
-    ("GET", f"/api/v1/namespaces/{NAMESPACE}/pods/([^/]+)/log", ("", "pods/log", "get"), lambda server, pod, query, _body: server.log(pod, query)),
+    ("GET", f"/api/v1/namespaces/{NAMESPACE}/pods", lambda server, query, _body: server.pods(query)),
+    ("GET", f"/api/v1/namespaces/{NAMESPACE}/pods/([^/]+)/log", lambda server, pod, query, _body: server.log(pod, query)),
 ]
+
+
+VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+RESOURCE = re.compile(r"/(?:api|apis/(?P<group>[^/]+))/[^/]+(?:/namespaces/[^/]+)?/(?P<resource>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<part>[^/]+))?)?")
+
+
+def right(method, path):
+    """Group, resource and verb of a request, as RBAC sees it; whether this server knows it or not."""
+    found = RESOURCE.fullmatch(path)
+    assert found, f"{method} {path} is no request for a resource"
+    resource = "/".join(part for part in (found["resource"], found["part"]) if part)
+    return found["group"] or "", resource, VERBS.get(method) or ("get" if found["name"] else "list")
 
 
 def _none(name):

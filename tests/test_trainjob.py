@@ -288,7 +288,11 @@ def test_one_that_has_failed_before_is_replaced_when_it_is_gone(cluster, work, s
     assert run(work, made)["loss"] > 0
     assert len(cluster.received) == 1
     assert len(cluster.sent("DELETE")) == 1
-    assert cluster.rights == {(right.group, right.resource, verb) for right in RIGHTS for verb in right.verbs}, "no more and no less"
+    version = ("", "configmaps", "get")  # the SDK's look at the version of the Trainer, in its namespace; refused here, and without harm
+    assert [path for _method, path in cluster.requests if "/configmaps/" in path] == [
+        "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public"
+    ]
+    assert cluster.rights - {version} == {(right.group, right.resource, verb) for right in RIGHTS for verb in right.verbs}, "no more and no less"
 
 
 # --- an API that is not well --------------------------------------------------------------------------------------

@@ -1,0 +1,417 @@
+"""Everything in infra/kubernetes: it renders, it is valid for two versions of Kubernetes, it keeps our policies, and the settings beside it fit."""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import yaml
+
+import manifests
+from components.images import TAGGED, load_images
+from manifests import KUBERNETES, ROOT, name, pods, refused, rendered
+from pipelines.nodes import labels, order
+from pipelines.package import write_package
+from pipelines.settings import load_settings
+from policies import RULES, by_kind, complaints, may_talk
+
+OVERLAYS = sorted(path.parent.name for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
+COMPONENTS = sorted(path.parent.name for path in (KUBERNETES / "components").glob("*/kustomization.yaml"))
+SETTINGS = [overlay for overlay in OVERLAYS if (KUBERNETES / "overlays" / overlay / "settings.yaml").exists()]
+
+
+def overlay(name):
+    return rendered(KUBERNETES / "overlays" / name)
+
+
+@pytest.fixture(scope="session")
+def secrets(tmp_path_factory):
+    """The secrets as somebody makes them who copies the examples and fills them in."""
+    folder = tmp_path_factory.mktemp("secrets")
+    shutil.copy(KUBERNETES / "secrets" / "kustomization.yaml", folder)
+    for example in (KUBERNETES / "secrets").glob("*.env.example"):
+        (folder / example.stem).write_text(
+            "".join(f"{line}sentinel\n" if line.endswith("=") else f"{line}\n" for line in example.read_text().split("\n")[:-1])
+        )
+    return rendered(folder)
+
+
+def together(folder, components):
+    """An overlay of one's own, with these components."""
+    up = Path(os.path.relpath(KUBERNETES, folder))
+    lists = {"resources": [str(up / "base")], "components": [str(up / "components" / one) for one in components]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"} | lists))
+    return rendered(folder)
+
+
+# --- it renders, and is valid -------------------------------------------------------------------------------------
+
+
+def test_the_overlays_are_those_that_are_described():
+    assert OVERLAYS == ["aws", "gpu", "kind", "kueue", "multinode", "standalone"]
+    described = (KUBERNETES / "README.md").read_text()
+    for folder in (*(f"overlays/{one}" for one in OVERLAYS), *(f"components/{one}" for one in COMPONENTS)):
+        assert f"`{folder}`" in described, folder
+
+
+@pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS), "external-secrets"])
+def test_every_object_is_valid(folder):
+    objects = rendered(KUBERNETES / folder)
+    assert len(objects) > 1
+    assert [error for thing in objects for error in refused(thing)] == []
+    assert len({(thing["apiVersion"], name(thing), thing["metadata"].get("namespace")) for thing in objects}) == len(objects)
+
+
+def test_all_components_go_together(tmp_path):
+    objects = together(tmp_path, COMPONENTS)
+    assert [error for thing in objects for error in refused(thing)] == []
+    assert complaints(objects) == []
+    assert {"ClusterQueue", "ClusterTrainingRuntime", "RuntimeClass"} <= {thing["kind"] for thing in objects}
+    assert by_kind(objects, "StatefulSet") == [], "the database is Amazon's"
+
+
+def test_secrets_come_from_files_that_git_ignores(secrets):
+    assert {name(thing): set(thing["data"]) for thing in secrets} == {
+        "Secret/diffstill-s3": {"access-key", "secret-key"},
+        "Secret/diffstill-postgres": {"password"},
+    }
+    assert [error for thing in secrets for error in refused(thing)] == []
+    assert (KUBERNETES / "secrets" / ".gitignore").read_text() == "*.env\n"
+    examples = "".join(path.read_text() for path in (KUBERNETES / "secrets").glob("*.example"))
+    assert all(line.startswith("#") or line.endswith("=") for line in examples.splitlines()), "examples hold no values"
+
+
+def test_external_secrets_make_the_same_secrets(secrets):
+    made = rendered(KUBERNETES / "external-secrets")
+    keys = {thing["spec"]["target"]["name"]: {entry["secretKey"] for entry in thing["spec"]["data"]} for thing in made}
+    assert keys == {thing["metadata"]["name"]: set(thing["data"]) for thing in secrets}
+
+
+def put(thing, path, value):
+    """A copy of an object with one entry set; steps of the path are names or numbers."""
+    changed = copy.deepcopy(thing)
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split("/")]
+    reduce(lambda at, step: at[step], steps, changed)[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("folder", "which", "path", "value", "said"),
+    [
+        ("base", "Deployment/mlflow", "spec/replica", 2, "replica"),
+        ("base", "Deployment/mlflow", "spec/replicas", "two", "'two' is not of type"),
+        ("base", "NetworkPolicy/mlflow", "spec/ingress/0/form", [], "form"),
+        ("base", "ResourceQuota/diffstill", "spec/hard", ["cpu"], "is not of type"),
+        ("base", "PodDisruptionBudget/mlflow", "apiVersion", "policy/v1beta1", "no schema is known"),
+        ("overlays/kueue", "ClusterQueue/diffstill", "spec/cohort", "all", "'cohort' was unexpected"),
+        ("overlays/kueue", "ClusterQueue/diffstill", "spec/preemption/withinClusterQueue", "Always", "'Always' is not one of"),
+        ("overlays/kueue", "ClusterQueue/diffstill", "spec/resourceGroups/0/flavors/0/resources/0/nominalQuota", "64 cores", "does not match"),
+        ("overlays/kueue", "ResourceFlavor/diffstill-gpu", "spec/nodelabels", {}, "'nodelabels' was unexpected"),
+        ("overlays/kueue", "LocalQueue/diffstill-gpu", "spec/clusterQueue", "Not A Name", "does not match"),
+        ("overlays/kueue", "WorkloadPriorityClass/diffstill-gpu", "value", "high", "'high' is not of type"),
+        ("overlays/kueue", "LocalQueue/diffstill-gpu", "metadata/label", {}, "label"),
+        ("external-secrets", "ExternalSecret/diffstill-s3", "spec/data/0/remoteref", {}, "'remoteref' was unexpected"),
+        ("external-secrets", "ExternalSecret/diffstill-s3", "apiVersion", "external-secrets.io/v1beta1", "no schema is known"),
+        ("overlays/multinode", "ClusterTrainingRuntime/diffstill-torch", "spec/mlPolicy/nodes", 2, "'nodes' was unexpected"),
+        ("overlays/multinode", "ClusterTrainingRuntime/diffstill-torch", "spec/mlPolicy/torch/numProcPerNode", 4, "'numProcPerNode' was unexpected"),
+        (
+            "overlays/multinode",
+            "ClusterTrainingRuntime/diffstill-torch",
+            "spec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/images",
+            "x",
+            "images",
+        ),
+    ],
+)
+def test_an_object_that_is_wrong_is_refused(folder, which, path, value, said):
+    thing = next(one for one in rendered(KUBERNETES / folder) if name(one) == which)
+    assert refused(thing) == []
+    found = refused(put(thing, path, value))
+    assert found
+    assert all(said in error for error in found), found
+
+
+@pytest.mark.parametrize("program", [None, "v1.29.7"])
+def test_without_a_kubectl_that_can_render_nothing_passes(tmp_path, monkeypatch, program):
+    if program:
+        said = json.dumps({"clientVersion": {"major": "1", "minor": "29+", "gitVersion": program}})
+        (tmp_path / "kubectl").write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if program else str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _name: str(tmp_path / "kubectl") if program else None)
+    with pytest.raises(pytest.fail.Exception, match=r"install 1\.30 or newer"):
+        manifests.kubectl.__wrapped__()
+
+
+def test_every_schema_names_its_source():
+    listed = (KUBERNETES / "crds" / "SOURCES.md").read_text()
+    files = {path.name for path in (KUBERNETES / "crds").glob("*.yaml")}
+    assert {line.split("|")[1].strip() for line in listed.splitlines() if line.startswith("| ") and ".yaml" in line} == files
+
+
+def test_the_schema_of_the_runtime_is_that_of_the_package():
+    path = KUBERNETES / "crds" / "trainer.py"
+    spec = importlib.util.spec_from_file_location("trainer", path)
+    trainer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trainer)
+    assert trainer.text() == trainer.FILE.read_text(), f"python {path.relative_to(ROOT)} writes it anew"
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "multinode"])
+def test_manifests_of_the_pipeline_are_valid(overlay, tmp_path):
+    """What `python -m pipelines compile --kubernetes` writes."""
+    settings = load_settings(KUBERNETES / "overlays" / overlay / "settings.yaml")
+    write_package(settings, load_images(ROOT / "tests" / "pipelines" / "golden" / "images.lock"), tmp_path / "p.yaml", kubernetes=True)
+    made = list(yaml.safe_load_all((tmp_path / "p.yaml").read_text()))
+    assert [thing["kind"] for thing in made] == ["Pipeline", "PipelineVersion"]
+    assert [error for thing in made for error in refused(thing)] == []
+    assert {thing["metadata"].get("namespace") for thing in made} == {"diffstill"}
+    assert "'pipelinename' was unexpected" in refused(put(made[1], "spec/pipelinename", "x"))[0]
+
+
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS), "external-secrets"])
+def test_policies_are_kept(folder):
+    assert complaints(rendered(KUBERNETES / folder)) == []
+
+
+def pod_of(thing):
+    """The pod spec that an object holds, itself and not a copy."""
+    return next(pods([thing])).spec
+
+
+def spoil(which, change):
+    """A change to one object among all."""
+    return lambda objects: change(next(thing for thing in objects if name(thing) == which))
+
+
+def drop(which):
+    """All but one object."""
+
+    def change(objects):
+        objects[:] = [thing for thing in objects if name(thing) != which]
+
+    return change
+
+
+def env(thing, **variable):
+    pod_of(thing)["containers"][0]["env"].append(variable)
+
+
+SPOILED = [
+    ("non_root", spoil("Deployment/mlflow", lambda it: pod_of(it)["securityContext"].update(runAsNonRoot=False))),
+    ("non_root", spoil("StatefulSet/postgres", lambda it: pod_of(it)["securityContext"].update(runAsUser=0))),
+    ("non_root", spoil("Job/buckets", lambda it: pod_of(it)["containers"][0]["securityContext"].update(runAsUser=0))),
+    ("no_capabilities", spoil("Deployment/mlflow", lambda it: pod_of(it)["initContainers"][0]["securityContext"].pop("capabilities"))),
+    ("no_capabilities", spoil("StatefulSet/s3", lambda it: pod_of(it)["containers"][0]["securityContext"]["capabilities"].update(add=["NET_ADMIN"]))),
+    ("seccomp", spoil("StatefulSet/s3", lambda it: pod_of(it)["securityContext"].pop("seccompProfile"))),
+    ("seccomp", spoil("StatefulSet/s3", lambda it: pod_of(it)["containers"][0]["securityContext"].update(seccompProfile={"type": "Unconfined"}))),
+    ("no_escalation", spoil("Job/buckets", lambda it: pod_of(it)["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"))),
+    ("no_escalation", spoil("Job/buckets", lambda it: pod_of(it)["containers"][0]["securityContext"].update(privileged=True))),
+    ("no_host", spoil("Deployment/mlflow", lambda it: pod_of(it).update(hostNetwork=True))),
+    ("no_host", spoil("Deployment/mlflow", lambda it: pod_of(it)["volumes"].append({"name": "host", "hostPath": {"path": "/"}}))),
+    ("no_host", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0]["ports"][0].update(hostPort=5000))),
+    ("read_only_root", spoil("StatefulSet/postgres", lambda it: pod_of(it)["containers"][0]["securityContext"].pop("readOnlyRootFilesystem"))),
+    ("bounded", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0].pop("resources"))),
+    ("bounded", spoil("Deployment/mlflow", lambda it: pod_of(it)["initContainers"][0]["resources"]["limits"].pop("memory"))),
+    ("pinned", spoil("StatefulSet/postgres", lambda it: pod_of(it)["containers"][0].update(image="postgres:latest"))),
+    ("pinned", spoil("StatefulSet/postgres", lambda it: pod_of(it)["containers"][0].update(image="registry:5000/postgres"))),
+    ("no_literal_secret", spoil("Deployment/mlflow", lambda it: env(it, name="PGPASSWORD", value="hunter2"))),
+    ("no_literal_secret", spoil("Deployment/mlflow", lambda it: env(it, name="STORE", value="postgresql://mlflow:hunter2@postgres/mlflow"))),
+    ("no_literal_secret", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0]["args"].append("--store=https://me:hunter2@host"))),
+    ("no_literal_secret", spoil("ConfigMap/diffstill-services", lambda it: it["data"].update({"secret-key": "hunter2"}))),
+    ("no_literal_secret", spoil("ConfigMap/diffstill-services", lambda it: it.update(kind="Secret"))),
+    ("probed", spoil("StatefulSet/s3", lambda it: pod_of(it)["containers"][0].pop("livenessProbe"))),
+    ("closed", drop("NetworkPolicy/default-deny")),
+    ("closed", spoil("NetworkPolicy/default-deny", lambda it: it["spec"].update(policyTypes=["Ingress"]))),
+    ("closed", spoil("NetworkPolicy/default-deny", lambda it: it["spec"].update(ingress=[{}]))),
+    ("closed", drop("NetworkPolicy/buckets")),
+    ("closed", spoil("Deployment/mlflow", lambda it: it["spec"]["template"]["metadata"]["labels"].update({"app.kubernetes.io/name": "other"}))),
+    ("no_idle_token", spoil("ServiceAccount/mlflow", lambda it: it.pop("automountServiceAccountToken"))),
+    ("no_idle_token", spoil("Job/buckets", lambda it: pod_of(it).pop("automountServiceAccountToken"))),
+    ("survives_drains", drop("PodDisruptionBudget/mlflow")),
+    ("restricted", spoil("Namespace/diffstill", lambda it: it["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "baseline"}))),
+    ("labelled", spoil("Service/mlflow", lambda it: it["metadata"].pop("labels"))),
+    ("labelled", spoil("Job/buckets", lambda it: it["spec"]["template"]["metadata"]["labels"].pop("app.kubernetes.io/name"))),
+    ("no_wildcard", spoil("Role/diffstill-pipeline", lambda it: it["rules"][2].update(verbs=["*"]))),
+    ("no_wildcard", spoil("Role/diffstill-pipeline", lambda it: it["rules"][1].pop("resourceNames"))),
+    ("connected", spoil("Service/mlflow", lambda it: it["spec"]["selector"].update({"app.kubernetes.io/name": "other"}))),
+    ("connected", spoil("Service/s3", lambda it: it["spec"]["ports"][0].update(targetPort="http"))),
+    ("connected", drop("PriorityClass/diffstill-services")),
+    ("connected", drop("ServiceAccount/postgres")),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), SPOILED)
+def test_an_object_that_breaks_a_policy_is_reported(rule, change):
+    objects = overlay("kind")
+    change(objects)
+    assert rule in {said.partition(":")[0] for said in complaints(objects)}
+
+
+def test_every_policy_was_seen_to_complain():
+    assert {rule for rule, _change in SPOILED} == {rule.__name__ for rule in RULES}
+
+
+def test_what_pods_read_is_there(secrets, tmp_path):
+    """Keys of secrets and config maps, by name."""
+    for objects in (*(overlay(one) for one in OVERLAYS), together(tmp_path, COMPONENTS)):
+        there = {
+            (thing["kind"], thing["metadata"]["name"]): thing["data"] for thing in (*objects, *secrets) if thing["kind"] in ("Secret", "ConfigMap")
+        }
+        for pod in pods(objects):
+            for variable in (each for container in pod.containers for each in container.get("env", [])):
+                for field, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
+                    if wanted := variable.get("valueFrom", {}).get(field):
+                        assert wanted["key"] in there[kind, wanted["name"]], f"{pod.owner}: {variable['name']}"
+
+
+def test_the_server_is_called_by_names_that_it_answers_to():
+    objects = overlay("kind")
+    (server,) = [pod.spec["containers"][0] for pod in pods(by_kind(objects, "Deployment"))]
+    hosts = next(word for word in server["args"] if word.startswith("--allowed-hosts=")).partition("=")[2].split(",")
+    uri = next(thing["data"]["mlflow-uri"] for thing in by_kind(objects, "ConfigMap"))
+    assert uri.removeprefix("http://") in hosts
+    assert {"mlflow", "mlflow.diffstill.svc.cluster.local:5000", "10.*"} <= set(hosts)
+
+
+def test_the_services_are_those_of_the_local_stack():
+    """One set of images and of SeaweedFS's options: what is tried with Compose holds here."""
+    compose = yaml.safe_load((ROOT / "infra" / "local" / "compose.yaml").read_text())["services"]
+    here = {container["name"]: container for pod in pods(overlay("kind")) for container in pod.containers}
+    assert {one: here[one]["image"] for one in ("postgres", "s3", "mlflow", "buckets")} == {
+        one: compose[one]["image"] for one in ("postgres", "s3", "mlflow", "buckets")
+    }
+    assert [*here["s3"]["command"], *here["s3"]["args"]] == [*compose["s3"]["entrypoint"], *compose["s3"]["command"]]
+    users = {pod.labels["app.kubernetes.io/name"]: pod.spec["securityContext"] for pod in pods(overlay("kind"))}
+    for one in ("postgres", "s3"):
+        assert compose[one]["user"] == f"{users[one]['runAsUser']}:{users[one]['runAsGroup']}"
+
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+HERE, KUBEFLOW = "diffstill", "kubeflow"
+MLFLOW, POSTGRES, S3 = ((HERE, {"app.kubernetes.io/name": one}) for one in ("mlflow", "postgres", "s3"))
+DRIVER = (HERE, {"workflows.argoproj.io/workflow": "flow"})
+TASK = (HERE, labels("evaluate") | DRIVER[1])
+THERE = (KUBEFLOW, labels("evaluate") | DRIVER[1])
+NODE = (HERE, labels("finetune") | {"jobset.sigs.k8s.io/jobset-name": "finetune-0"})
+STRANGER = ("elsewhere", {"app": "web"})
+KFP = (KUBEFLOW, {"app": "ml-pipeline"})
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        (TASK, MLFLOW, 5000), (NODE, MLFLOW, 5000), (THERE, MLFLOW, 5000), (TASK, S3, 8333), (NODE, S3, 8333), (THERE, S3, 8333),
+        (MLFLOW, POSTGRES, 5432), (MLFLOW, S3, 8333), ((HERE, {"app.kubernetes.io/name": "buckets"}), S3, 8333),
+        (TASK, KFP, 8887), (DRIVER, KFP, 8887), (DRIVER, (KUBEFLOW, {"app": "metadata-grpc"}), 8080), (DRIVER, (KUBEFLOW, {"app": "seaweedfs"}), 8333),
+        (NODE, NODE, 29500), (NODE, NODE, 45123),
+        (("monitoring", {"app": "prometheus"}), MLFLOW, 5000), (("ingress-nginx", {}), MLFLOW, 5000),
+        (TASK, ("istio-system", {"app": "istiod"}), 15012), (POSTGRES, ("istio-system", {"app": "istiod"}), 15012),
+    ],
+)  # fmt: skip
+def test_who_must_talk_can(source, target, port):
+    objects = [*overlay("kind"), *overlay("standalone")]
+    assert may_talk(objects, source, target, port)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        (TASK, POSTGRES, 5432), (DRIVER, POSTGRES, 5432), (STRANGER, POSTGRES, 5432), (S3, POSTGRES, 5432), (THERE, POSTGRES, 5432),
+        (STRANGER, MLFLOW, 5000), (DRIVER, MLFLOW, 5000), ((KUBEFLOW, DRIVER[1]), MLFLOW, 5000), (TASK, MLFLOW, 22),
+        (STRANGER, S3, 8333), (MLFLOW, S3, 8888), (TASK, S3, 9333), (("monitoring", {}), POSTGRES, 5432), (("monitoring", {}), S3, 8333),
+        (POSTGRES, MLFLOW, 5000), (S3, MLFLOW, 5000), (POSTGRES, STRANGER, 80), (MLFLOW, STRANGER, 80), (TASK, STRANGER, 80),
+        (TASK, ("istio-system", {}), 80), (TASK, ("kube-system", {"app": "other"}), 53),
+        (STRANGER, TASK, 80), (TASK, TASK, 29500), (STRANGER, NODE, 29500), (TASK, NODE, 29500), (KFP, TASK, 80),
+    ],
+)  # fmt: skip
+def test_who_need_not_talk_cannot(source, target, port):
+    assert not may_talk([*overlay("kind"), *overlay("standalone")], source, target, port)
+
+
+@pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS)])
+def test_nobody_reaches_the_metadata_service_of_the_cloud(folder):
+    """It hands out the credentials of the node."""
+    for policy in by_kind(rendered(KUBERNETES / folder), "NetworkPolicy"):
+        for peer in (each for rule in policy["spec"].get("egress", []) for each in rule["to"]):
+            if peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0":
+                assert peer["ipBlock"]["except"] == ["169.254.169.254/32"], name(policy)
+
+
+# --- settings of the pipeline -------------------------------------------------------------------------------------
+
+
+def test_every_overlay_that_runs_are_sent_to_has_settings():
+    assert [one for one in OVERLAYS if one != "standalone"] == SETTINGS
+
+
+@pytest.mark.parametrize("overlay", SETTINGS)
+def test_the_settings_of_an_overlay_name_what_is_there(overlay, secrets, tmp_path):
+    objects = [*rendered(KUBERNETES / "overlays" / overlay), *secrets]
+    settings = load_settings(KUBERNETES / "overlays" / overlay / "settings.yaml")
+    write_package(settings, TAGGED, tmp_path / "distill.yaml", caching=False)
+    infra = settings.infra
+    data = {(thing["kind"], thing["metadata"]["name"]): set(thing["data"]) for thing in objects if "data" in thing}
+    for kind, sources in (("Secret", infra.secrets), ("ConfigMap", infra.config_maps)):
+        for source, keys in sources.items():
+            assert set(keys) <= data[kind, source], source
+    runtime = infra.trainjob.runtime if infra.trainjob else None
+    claims = {infra.work_claim, infra.cache_claim}
+    wanted = {("ServiceAccount", infra.service_account), ("LocalQueue", infra.queue), ("WorkloadPriorityClass", infra.priority)}
+    wanted |= {("ClusterTrainingRuntime", runtime), *(("PersistentVolumeClaim", claim) for claim in claims)}
+    there = {(thing["kind"], thing["metadata"]["name"]) for thing in objects}
+    assert {(kind, one) for kind, one in wanted if one} <= there
+    assert settings.cluster.namespace in (None, "diffstill")
+    quota = next(thing["spec"]["hard"] for thing in by_kind(objects, "ResourceQuota"))
+    gpus = max(each.gpus for each in infra.resources.values()) * (infra.trainjob.nodes if infra.trainjob else 1)
+    assert gpus <= int(quota.get("requests.nvidia.com/gpu", "0"))
+
+
+def test_gpu_tasks_go_where_the_runtime_class_sends_pods():
+    (gpu,) = by_kind(overlay("gpu"), "RuntimeClass")
+    for one in (one for one in SETTINGS if one != "kind"):
+        for task, resources in load_settings(KUBERNETES / "overlays" / one / "settings.yaml").infra.resources.items():
+            if resources.gpus:
+                assert resources.node_selector == gpu["scheduling"]["nodeSelector"], (one, task)
+                assert [each.model_dump(exclude_none=True) for each in resources.tolerations] == gpu["scheduling"]["tolerations"], (one, task)
+
+
+def test_the_queue_holds_no_more_than_the_namespace():
+    objects = overlay("kueue")
+    (queue,), (quota,) = by_kind(objects, "ClusterQueue"), by_kind(objects, "ResourceQuota")
+    held = {each["name"]: each["nominalQuota"] for each in queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]}
+    assert held["nvidia.com/gpu"] == quota["spec"]["hard"]["requests.nvidia.com/gpu"]
+    assert int(held["cpu"]) <= int(quota["spec"]["hard"]["requests.cpu"])
+    (flavor,) = by_kind(objects, "ResourceFlavor")
+    assert [each["name"] for each in queue["spec"]["resourceGroups"][0]["flavors"]] == [flavor["metadata"]["name"]]
+
+
+def test_a_node_of_a_trainjob_keeps_the_policies():
+    """The pod of the runtime with what the settings patch into it: lists are merged by name and by path, as the Trainer applies them."""
+    objects = overlay("multinode")
+    (runtime,) = by_kind(objects, "ClusterTrainingRuntime")
+    infra = load_settings(KUBERNETES / "overlays" / "multinode" / "settings.yaml").infra
+    job = order(infra, infra.trainjob, "registry.example/diffstill@sha256:" + "0" * 64).job
+    (patch,) = job["spec"]["runtimePatches"]
+    template = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod = next(manifests._templates(runtime))
+    pod["metadata"]["labels"] |= template["metadata"]["labels"]
+    volumes = {one["name"]: one for one in (*pod["spec"]["volumes"], *template["spec"]["volumes"])}
+    (container,), (patched,) = pod["spec"]["containers"], template["spec"]["containers"]
+    mounts = {one["mountPath"]: one for one in (*container["volumeMounts"], *patched["volumeMounts"])}
+    pod["spec"] |= {key: value for key, value in template["spec"].items() if key != "containers"} | {"volumes": list(volumes.values())}
+    container |= {"image": job["spec"]["trainer"]["image"], "securityContext": patched["securityContext"], "volumeMounts": list(mounts.values())}
+    pod["spec"]["securityContext"]["fsGroup"] = 10001
+    assert complaints(objects) == []
+    assert refused(runtime) == []
+    assert {one["name"] for one in mounts.values()} == set(volumes)
+    assert set(mounts) == {"/tmp", "/dev/shm", "/var/diffstill", "/var/diffstill-cache"}
+    assert volumes["shared-memory"]["emptyDir"]["sizeLimit"] == "64Gi", "the settings' and not the runtime's"
