@@ -166,7 +166,7 @@ def _data_version(params: Params) -> str:
 def _at_hand(infra: InfraConfig, retries: int) -> InfraConfig:
     """Every task tried again that often, after a second: a person is waiting. On the device that is here, with checkpoints where `DIFFSTILL_WORK` says."""
     resources = {name: each.model_copy(update={"gpus": 0, "retries": retries, "retry_seconds": 1}) for name, each in infra.resources.items()}
-    return infra.model_copy(update={"resources": resources, "work_claim": None, "trainjob": None})
+    return infra.model_copy(update={"resources": resources, "work_claim": None, "cache_claim": None, "trainjob": None})
 
 
 def _places(params: Params) -> dict[str, tuple[str, int | None]]:

@@ -10,26 +10,47 @@ from diffstill.trainjob import API, NODE, Order
 from pipelines.settings import InfraConfig, Resources, TrainJobConfig
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (inside the container)
 WORK = "/var/diffstill"
 """Where the persistent volume for checkpoints is mounted."""
+CACHE = "/var/diffstill-cache"
+"""Where that for downloads is."""
 SHARED = "/var/diffstill-shared"
 """Where that for the inputs and the output of a TrainJob is."""
+CONFINED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+"""What a container may do: nothing but compute."""
 MESH = {"sidecar.istio.io/inject": "false"}
 """Ranks talk to each other on ports of their own choice, which a service mesh does not let through."""
+
+
+def labels(name: str) -> dict[str, str]:
+    """By which network policies, alerts and dashboards know pods of the task `name`."""
+    return {"app.kubernetes.io/part-of": "diffstill", "app.kubernetes.io/name": "diffstill", "app.kubernetes.io/component": name}
+
+
+def queued(infra: InfraConfig, resources: Resources) -> dict[str, str]:
+    """By which Kueue knows GPU pods."""
+    asked = {QUEUE_LABEL: infra.queue, PRIORITY_LABEL: infra.priority} if resources.gpus else {}
+    return {label: value for label, value in asked.items() if value}
+
+
+def variables(infra: InfraConfig) -> dict[str, str]:
+    """Where a process finds the volumes that are mounted."""
+    found = {"DIFFSTILL_WORK": WORK} if infra.work_claim else {}
+    return found | ({"DIFFSTILL_CACHE": f"{CACHE}/diffstill", "HF_HOME": f"{CACHE}/huggingface"} if infra.cache_claim else {})
 
 
 def order(infra: InfraConfig, nodes: TrainJobConfig, image: str) -> Order:
     """What the task's pod is told: each node gets what `infra.resources.finetune` says, in `image`."""
     resources = infra.resources["finetune"]
-    labels = {QUEUE_LABEL: infra.queue} if infra.queue and resources.gpus else {}
-    template = {"metadata": {"annotations": MESH}, "spec": _pod(infra, nodes, resources)}
+    template = {"metadata": {"annotations": MESH, "labels": labels("finetune")}, "spec": _pod(infra, nodes, resources)}
     replicated = {"name": NODE, "template": {"spec": {"template": template}}}
     patch = {"manager": "diffstill", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
     job = {
         "apiVersion": API,
         "kind": "TrainJob",
-        "metadata": {"labels": labels},
+        "metadata": {"labels": queued(infra, resources)},
         "spec": {
             "runtimeRef": {"name": nodes.runtime},
             "trainer": {
@@ -54,7 +75,7 @@ def _amounts(resources: Resources) -> dict[str, dict[str, str]]:
 
 def _environment(infra: InfraConfig, resources: Resources) -> list[dict[str, Any]]:
     """As other tasks have it: secrets and addresses by name."""
-    plain = {"DIFFSTILL_DEVICE": "cuda" if resources.gpus else "cpu", **({"DIFFSTILL_WORK": WORK} if infra.work_claim else {})}
+    plain = {"DIFFSTILL_DEVICE": "cuda" if resources.gpus else "cpu", **variables(infra)}
     named = [
         {"name": variable, "valueFrom": {kind: {"name": source, "key": key}}}
         for kind, sources in (("secretKeyRef", infra.secrets), ("configMapKeyRef", infra.config_maps))
@@ -65,8 +86,8 @@ def _environment(infra: InfraConfig, resources: Resources) -> list[dict[str, Any
 
 
 def _pod(infra: InfraConfig, nodes: TrainJobConfig, resources: Resources) -> dict[str, Any]:
-    """What the pod of a node has beside what the runtime gives it."""
-    identity: dict[str, Any] = {"runAsNonRoot": infra.run_as_non_root}
+    """What the pod of a node has beside what the runtime gives it; with a user, what restricted Pod Security asks for."""
+    identity: dict[str, Any] = {"runAsNonRoot": infra.run_as_non_root, "seccompProfile": {"type": "RuntimeDefault"}}
     if infra.run_as_user is not None:
         identity |= {"runAsUser": infra.run_as_user, "runAsGroup": infra.run_as_user}
     volumes = list(_volumes(infra, nodes, resources))
@@ -78,15 +99,16 @@ def _pod(infra: InfraConfig, nodes: TrainJobConfig, resources: Resources) -> dic
         "nodeSelector": dict(resources.node_selector),
         "tolerations": [toleration.model_dump(exclude_none=True) for toleration in resources.tolerations],
         "volumes": [volume for _, volume in volumes],
-        "containers": [{"name": NODE, "volumeMounts": mounts}] if mounts else [],
+        "containers": [{"name": NODE, "securityContext": CONFINED, "volumeMounts": mounts}],
     }
     return {name: value for name, value in found.items() if value}
 
 
 def _volumes(infra: InfraConfig, nodes: TrainJobConfig, resources: Resources) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Where a volume is mounted, and the volume."""
+    """Where a volume is mounted, and the volume; all that the image writes lies under /tmp."""
+    yield "/tmp", {"name": "scratch", "emptyDir": {}}  # noqa: S108  (inside the container)
     if resources.shared_memory:
         yield SHARED_MEMORY, {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": resources.shared_memory}}
-    for path, name, claim in ((WORK, "work", infra.work_claim), (SHARED, "shared", nodes.claim)):
+    for path, name, claim in ((WORK, "work", infra.work_claim), (CACHE, "cache", infra.cache_claim), (SHARED, "shared", nodes.claim)):
         if claim:
             yield path, {"name": name, "persistentVolumeClaim": {"claimName": claim}}

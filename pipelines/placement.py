@@ -7,7 +7,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from components.images import Images
-from pipelines.nodes import QUEUE_LABEL, SHARED, SHARED_MEMORY, WORK, order
+from pipelines.nodes import CACHE, SHARED, SHARED_MEMORY, WORK, labels, order, queued, variables
 from pipelines.settings import InfraConfig, Resources, TrainJobConfig
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
@@ -36,8 +36,8 @@ class Placement:
             resources = self._launcher(task, self.infra.trainjob)
         _amounts(task, resources)
         _node(task, resources)
-        if resources.gpus and self.infra.queue:
-            kubernetes.add_pod_label(task, QUEUE_LABEL, self.infra.queue)
+        for label, value in (labels(name) | queued(self.infra, resources)).items():
+            kubernetes.add_pod_label(task, label, value)
         self._identity(task)
         self._environment(task, resources)
         if name == "publish" and self.images.by_digest:
@@ -63,7 +63,7 @@ class Placement:
             kubernetes.set_image_pull_secrets(task, list(self.infra.image_pull_secrets))
 
     def _environment(self, task: PipelineTask, resources: Resources) -> None:
-        """The device, so that a GPU that is missing is an error and not a day on the CPU; secrets and addresses by name, the id of the run, and the volume for checkpoints."""
+        """The device, so that a GPU that is missing is an error and not a day on the CPU; secrets and addresses by name, the id of the run, and the volumes for checkpoints and downloads."""
         for secret, keys in self.infra.secrets.items():
             kubernetes.use_secret_as_env(task, secret, _plain(keys))
         for config_map, keys in self.infra.config_maps.items():
@@ -71,9 +71,11 @@ class Placement:
         if resources.gpus:
             task.set_env_variable("DIFFSTILL_DEVICE", "cuda")
         kubernetes.use_field_path_as_env(task, "DIFFSTILL_CHAIN", RUN_LABEL)
-        if self.infra.work_claim:
-            kubernetes.mount_pvc(task, self.infra.work_claim, WORK)
-            task.set_env_variable("DIFFSTILL_WORK", WORK)
+        for claim, path in ((self.infra.work_claim, WORK), (self.infra.cache_claim, CACHE)):
+            if claim:
+                kubernetes.mount_pvc(task, claim, path)
+        for variable, value in variables(self.infra).items():
+            task.set_env_variable(variable, value)
 
 
 def _amounts(task: PipelineTask, resources: Resources) -> None:

@@ -23,8 +23,8 @@ Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 """The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 """An amount as Kubernetes writes it, like 500m or 64Gi."""
-OWN = tuple(f"DIFFSTILL_{name}" for name in ("CHAIN", "DEVICE", "IMAGE", "RANKS", "TRAINJOB", "WORK"))
-RESERVED = ("PATH", "HOME", "PYTHONPATH", *OWN)
+OWN = tuple(f"DIFFSTILL_{name}" for name in ("CACHE", "CHAIN", "DEVICE", "IMAGE", "RANKS", "TRAINJOB", "WORK"))
+RESERVED = ("PATH", "HOME", "PYTHONPATH", "HF_HOME", *OWN)
 Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
 
 
@@ -102,6 +102,9 @@ class InfraConfig(Section):
     service_account: Name | None = Field(None, description="service account of the pods; null = the installation's default")
     image_pull_secrets: tuple[Name, ...] = Field((), description="secrets with which images are pulled")
     queue: Name | None = Field(None, description="Kueue queue that GPU pods wait in (label kueue.x-k8s.io/queue-name); null = none")
+    priority: Name | None = Field(
+        None, description="Kueue's WorkloadPriorityClass of GPU pods (label kueue.x-k8s.io/priority-class), with a queue; null = that of the pods"
+    )
     run_as_non_root: bool = Field(True, description="refuse to start a container as root")
     run_as_user: Annotated[int, Field(ge=0)] | None = Field(10001, description="numeric user of the containers, as in the image")
     secrets: Mapping[Name, Mapping[str, Variable]] = Field(
@@ -112,6 +115,9 @@ class InfraConfig(Section):
     )
     work_claim: Name | None = Field(
         None, description="persistent volume claim for checkpoints, so that a preempted task goes on; null = a retry begins anew"
+    )
+    cache_claim: Name | None = Field(
+        None, description="persistent volume claim for weights of the hub and downloaded artifacts; null = each pod fetches them anew"
     )
     store: Annotated[str, Field(pattern=r"^s3://[^@\s]+$")] | None = Field(
         None, description="bucket and prefix that the preflight must be able to use; null = publish.store where the run publishes, else pipeline_root"
@@ -132,6 +138,8 @@ class InfraConfig(Section):
     def _can_start(self) -> Self:
         if self.run_as_non_root and self.run_as_user == 0:
             raise ValueError("`infra.run_as_user` 0 is root, which `infra.run_as_non_root` forbids; change one of them")
+        if self.priority and not self.queue:
+            raise ValueError(f"`infra.priority` is {self.priority!r}, but `infra.queue` is null, and only Kueue reads it; set the queue, too")
         times = Counter(self.variables)
         wrong = [name for name in times if times[name] > 1 or name in RESERVED]
         if wrong:

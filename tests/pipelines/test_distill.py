@@ -16,7 +16,7 @@ from diffstill.run import STAGES, chain
 from diffstill.trainjob import Order
 from pipelines.distill import arguments
 from pipelines.package import write_package
-from pipelines.settings import MAX_ITERATIONS, Settings, ShardsConfig, load_settings
+from pipelines.settings import MAX_ITERATIONS, InfraConfig, Settings, ShardsConfig, load_settings
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -301,6 +301,7 @@ def placed(tmp_path_factory):
     """The pipeline under settings that use every knob."""
     values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())
     values["infra"] |= {"image_pull_secrets": ["registry"], "queue": "gpu-queue", "work_claim": "checkpoints", "run_as_user": 4711}
+    values["infra"] |= {"cache_claim": "downloads", "priority": "gpu-runs"}
     values["infra"]["secrets"]["mlflow"] = {"token": "MLFLOW_TRACKING_TOKEN"}
     values["infra"]["config_maps"]["proxy"] = {"address": "HTTPS_PROXY"}
     values["infra"]["resources"]["finetune"] = {
@@ -321,6 +322,10 @@ def pod(graph, shown):
     ]
 
 
+def named(component):
+    return {"app.kubernetes.io/part-of": "diffstill", "app.kubernetes.io/name": "diffstill", "app.kubernetes.io/component": component}
+
+
 def test_a_task_gets_what_its_settings_say(placed):
     container, kubernetes = pod(placed, "finetune")
     assert container["resources"]["accelerator"]["resourceType"] == "example.com/gpu"
@@ -329,7 +334,10 @@ def test_a_task_gets_what_its_settings_say(placed):
     assert container["image"].endswith("2"), "the gpu image"
     assert kubernetes["nodeSelector"]["labels"] == {"pool": "a100"}
     assert kubernetes["tolerations"] == [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
-    assert kubernetes["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue"}
+    assert kubernetes["podMetadata"]["labels"] == named("finetune") | {
+        "kueue.x-k8s.io/queue-name": "gpu-queue",
+        "kueue.x-k8s.io/priority-class": "gpu-runs",
+    }
     assert kubernetes["activeDeadlineSeconds"] == "600"
     assert [(each["mountPath"], each["medium"], each["sizeLimit"]) for each in kubernetes["emptyDirMounts"]] == [("/dev/shm", "Memory", "16Gi")]
     assert kubernetes["securityContext"] == {"runAsUser": "4711", "runAsGroup": "4711", "runAsNonRoot": True}
@@ -340,7 +348,16 @@ def test_a_task_without_a_gpu_waits_in_no_queue(placed):
     container, kubernetes = pod(placed, "report")
     assert container["image"].endswith("1"), "the cpu image"
     assert "accelerator" not in container["resources"]
-    assert "podMetadata" not in kubernetes
+    assert kubernetes["podMetadata"]["labels"] == named("report")
+
+
+def test_pods_are_labelled_by_the_entry_of_the_settings_that_they_follow(placed):
+    """Network policies, alerts and dashboards know them by that."""
+    component = "app.kubernetes.io/component"
+    seen = {shown: pod(placed, shown)[1]["podMetadata"]["labels"][component] for shown in set(placed.tasks) - {"importer"}}
+    assert set(seen.values()) == {*InfraConfig.TASKS, "preflight"}
+    assert (seen["preflight"], seen["encode-shard"], seen["encode"], seen["evaluate-real"]) == ("preflight", "encode", "gather", "evaluate")
+    assert all(pod(placed, shown)[1]["podMetadata"]["labels"].items() >= named(name).items() for shown, name in seen.items())
 
 
 def test_the_preflight_stands_where_fine_tuning_will(placed):
@@ -357,10 +374,19 @@ def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
         assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services", "proxy"]
         assert kubernetes["imagePullSecret"][0]["secretName"] == "registry"
         assert {each["name"] for each in kubernetes["fieldPathAsEnv"]} == {"DIFFSTILL_CHAIN"}
-        assert kubernetes["pvcMount"][0]["mountPath"] == "/var/diffstill"
+        assert [(each["constant"], each["mountPath"]) for each in kubernetes["pvcMount"]] == [
+            ("checkpoints", "/var/diffstill"),
+            ("downloads", "/var/diffstill-cache"),
+        ]
+        places = {"DIFFSTILL_CACHE": "/var/diffstill-cache/diffstill", "HF_HOME": "/var/diffstill-cache/huggingface"}
         device = {"DIFFSTILL_DEVICE": "cuda"} if "accelerator" in container["resources"] else {}
         origin = {"DIFFSTILL_IMAGE": container["image"]} if shown == "publish" else {}
-        assert {each["name"]: each["value"] for each in container["env"]} == {"DIFFSTILL_WORK": "/var/diffstill", **device, **origin}
+        assert {each["name"]: each["value"] for each in container["env"]} == {
+            "DIFFSTILL_WORK": "/var/diffstill",
+            **places,
+            **device,
+            **origin,
+        }
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +404,7 @@ def test_with_a_trainjob_the_task_is_a_small_pod_that_knows_what_to_make(launche
     assert container["image"] == load_images(GOLDEN / "images.lock").gpu, "the cache knows the task by the image of its nodes"
     assert "accelerator" not in container["resources"]
     assert (container["resources"]["resourceCpuLimit"], container["resources"]["resourceMemoryLimit"]) == ("1", "4Gi")
-    assert "podMetadata" not in kubernetes, "it waits in no queue"
+    assert kubernetes["podMetadata"]["labels"] == named("finetune"), "it waits in no queue"
     assert "emptyDirMounts" not in kubernetes
     assert kubernetes["activeDeadlineSeconds"] == str(1440 * 60)
     assert [mount["mountPath"] for mount in kubernetes["pvcMount"]] == ["/var/diffstill-shared", "/var/diffstill"]

@@ -22,7 +22,8 @@ from diffstill.config import PublishConfig, load_params, preset, render_params
 from diffstill.registry import KINDS, Registry
 from diffstill.run import chain
 from pipelines.__main__ import main
-from pipelines.local import execute, processes
+from pipelines.local import _at_hand, execute, processes
+from pipelines.settings import TrainJobConfig, load_settings
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -286,3 +287,11 @@ def test_a_retry_succeeds(place, chain_artifacts, tmp_path):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {step.name for step in chain(preset("tiny"))}
     assert sorted(run.info.status for run in children if run.info.run_name == "finetune") == ["FAILED", "FINISHED"]
+
+
+def test_volumes_and_gpus_of_a_cluster_are_not_looked_for_here():
+    settings = load_settings(ROOT / "pipelines" / "settings.yaml").infra
+    assert settings.resources["finetune"].gpus
+    here = _at_hand(settings.model_copy(update={"work_claim": "work", "cache_claim": "cache", "trainjob": TrainJobConfig(nodes=2)}), retries=0)
+    assert (here.work_claim, here.cache_claim, here.trainjob) == (None, None, None)
+    assert {each.gpus for each in here.resources.values()} == {0}

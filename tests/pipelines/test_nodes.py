@@ -22,6 +22,8 @@ def made(**changes):
         "image_pull_secrets": ["registry"],
         "queue": "gpu-queue",
         "work_claim": "checkpoints",
+        "cache_claim": "downloads",
+        "priority": "gpu-runs",
         "run_as_user": 4711,
         "service_account": "trainer",
     }
@@ -43,7 +45,8 @@ def pod(order):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"queue": None, "work_claim": None, "run_as_user": None, "secrets": {}, "config_maps": {}}, {"trainjob": {"nodes": 1}}]
+    "changes",
+    [{}, {"queue": None, "priority": None, "work_claim": None, "run_as_user": None, "secrets": {}, "config_maps": {}}, {"trainjob": {"nodes": 1}}],
 )
 def test_it_is_an_object_of_the_api(changes):
     job = made(**changes).job
@@ -58,7 +61,7 @@ def test_each_node_has_what_fine_tuning_asks_for():
     assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (3, 4, IMAGE)
     assert job["spec"]["runtimeRef"] == {"name": "torch-here"}
     assert job["spec"]["activeDeadlineSeconds"] == 600
-    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue"}
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue", "kueue.x-k8s.io/priority-class": "gpu-runs"}
 
 
 def test_secrets_go_by_name():
@@ -66,6 +69,8 @@ def test_secrets_go_by_name():
     assert environment == {
         "DIFFSTILL_DEVICE": "cuda",
         "DIFFSTILL_WORK": "/var/diffstill",
+        "DIFFSTILL_CACHE": "/var/diffstill-cache/diffstill",
+        "HF_HOME": "/var/diffstill-cache/huggingface",
         "AWS_ACCESS_KEY_ID": {"secretKeyRef": {"name": "diffstill-s3", "key": "access-key"}},
         "AWS_SECRET_ACCESS_KEY": {"secretKeyRef": {"name": "diffstill-s3", "key": "secret-key"}},
         "MLFLOW_TRACKING_URI": {"configMapKeyRef": {"name": "diffstill-services", "key": "mlflow-uri"}},
@@ -76,28 +81,38 @@ def test_secrets_go_by_name():
 def test_its_pods_are_like_those_of_tasks():
     found = pod(made())
     assert found["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
+    assert found["metadata"]["labels"] == {
+        "app.kubernetes.io/part-of": "diffstill",
+        "app.kubernetes.io/name": "diffstill",
+        "app.kubernetes.io/component": "finetune",
+    }
     spec = found["spec"]
     assert spec["serviceAccountName"] == "trainer"
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
-    assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 4711, "runAsGroup": 4711}
+    assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 4711, "runAsGroup": 4711, "seccompProfile": {"type": "RuntimeDefault"}}
     assert spec["nodeSelector"] == {"pool": "a100"}
     assert spec["tolerations"] == [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
     assert spec["volumes"] == [
+        {"name": "scratch", "emptyDir": {}},
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
         {"name": "work", "persistentVolumeClaim": {"claimName": "checkpoints"}},
+        {"name": "cache", "persistentVolumeClaim": {"claimName": "downloads"}},
         {"name": "shared", "persistentVolumeClaim": {"claimName": "artifacts"}},
     ]
     mounts = [
+        {"name": "scratch", "mountPath": "/tmp"},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "work", "mountPath": "/var/diffstill"},
+        {"name": "cache", "mountPath": "/var/diffstill-cache"},
         {"name": "shared", "mountPath": "/var/diffstill-shared"},
     ]
-    assert spec["containers"] == [{"name": "node", "volumeMounts": mounts}]
+    confined = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert spec["containers"] == [{"name": "node", "securityContext": confined, "volumeMounts": mounts}]
 
 
 def test_what_is_not_asked_for_is_not_there():
-    bare = made(queue=None, work_claim=None, image_pull_secrets=[], service_account=None, trainjob={"nodes": 2})
+    bare = made(queue=None, priority=None, work_claim=None, cache_claim=None, image_pull_secrets=[], service_account=None, trainjob={"nodes": 2})
     assert bare.job["metadata"]["labels"] == {}
     assert set(pod(bare)["spec"]) == {"securityContext", "nodeSelector", "tolerations", "volumes", "containers"}
-    assert [volume["name"] for volume in pod(bare)["spec"]["volumes"]] == ["shared-memory"]
+    assert [volume["name"] for volume in pod(bare)["spec"]["volumes"]] == ["scratch", "shared-memory"]
     assert (bare.shared, bare.keep_failed, made().shared, made().keep_failed) == (None, False, "/var/diffstill-shared", True)
