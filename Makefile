@@ -36,6 +36,9 @@ test: setup  ## all tests that need no service of their own
 test-slow: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
+test-infra: setup  ## render and check what is in infra/; needs kubectl 1.30 or newer
+	DIFFSTILL_INFRA=yes $(BIN)/python -m pytest -n 2 tests/infra
+
 BENCH = $(BIN)/python -m benchmarks
 
 bench: setup  ## all benchmarks at sizes for a CPU, one after the other; leave the machine alone meanwhile
@@ -65,14 +68,14 @@ check: setup  ## format, lint, types, layers, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/codespell src components pipelines docker tests docs benchmarks examples README.md CHANGELOG.md Makefile dvc.yaml
+	$(BIN)/codespell src components pipelines docker infra tests docs benchmarks examples README.md CHANGELOG.md Makefile dvc.yaml
 
 DOCKER ?= docker
 TARGETS ?= cpu
 VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' src/diffstill/__init__.py)
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
 
-images:  ## container images; TARGETS="cpu gpu" builds both, BUILD_OPTIONS go to docker build
+images:  ## container images; TARGETS="cpu gpu mlflow" builds all three, BUILD_OPTIONS go to docker build
 	@for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --target $$target --tag diffstill:$$target \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) . || exit; done
 	@$(DOCKER) image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' diffstill
@@ -89,10 +92,33 @@ test-containers: setup  ## build the images and test them; root, Docker is insta
 test-stack: setup  ## tests against Ceph, PostgreSQL and MLflow's server; installs what is missing as root
 	@tests/stack/run
 
+ENGINE ?= auto
+STACK = $(BIN)/python -m infra.local
+
+stack: setup  ## MLflow's server, PostgreSQL and an S3 server on this machine; ENGINE=compose, native, or what can be had
+	@$(STACK) up --engine $(ENGINE)
+
+stack-down: setup  ## end them; WIPE=yes deletes their data
+	@$(STACK) down $(if $(filter yes,$(WIPE)),--delete-data)
+
+stack-status: setup  ## which of them run
+	@$(STACK) status
+
+stack-backup: setup  ## database and buckets into TO=folder
+	@$(STACK) backup '$(TO)'
+
+stack-restore: setup  ## FROM=folder into an empty stack
+	@$(STACK) restore '$(FROM)'
+
+stack-rotate: setup  ## replace the passwords of the stack
+	@$(STACK) rotate
+
 ui: setup  ## browse the demo's runs in MLflow
 	cd $(DEMO) && $(CURDIR)/$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-clean:  ## remove the demo and all caches, keep the environment
-	rm -rf build .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the demo and all caches, keep the environment and the data of the stack
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name stack -exec rm -rf {} +
+	rm -rf .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo lock test test-slow check images images-scan images-push test-containers test-stack ui clean
+.PHONY: help setup demo lock test test-slow test-infra check images images-scan images-push test-containers test-stack \
+	stack stack-down stack-status stack-backup stack-restore stack-rotate ui clean

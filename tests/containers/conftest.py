@@ -30,6 +30,12 @@ def image() -> str:
 
 
 @pytest.fixture(scope="session")
+def mlflow_image() -> str:
+    """Name of the image `mlflow`."""
+    return os.environ["DIFFSTILL_MLFLOW_IMAGE"]
+
+
+@pytest.fixture(scope="session")
 def test_image() -> str:
     """Name of the image `test`: `cpu` and the tests."""
     return os.environ["DIFFSTILL_TEST_IMAGE"]
