@@ -310,7 +310,7 @@ def test_help_lists_every_command():
     for name, command in main.commands.items():
         assert f"  {name} " in stdout
         assert command.get_short_help_str()
-    versions = {"list", "search", "card", "download", "export", "lineage", "compare", "reproduce", "promote", "deprecate"}
+    versions = {"list", "search", "card", "download", "export", "lineage", "compare", "reproduce", "promote", "deprecate", "gc"}
     assert set(main.commands) == {*STAGES, *versions, "run", "merge", "summary", "show", "schema", "preset", "doctor", "completion"}
 
 

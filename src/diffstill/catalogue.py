@@ -1,4 +1,4 @@
-"""Commands on distilled sets as versions: list, search, card, download, export, lineage, compare, reproduce, promote, deprecate."""
+"""Commands on distilled sets as versions: list, search, card, download, export, lineage, compare, reproduce, promote, deprecate, gc."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
 from diffstill.artifacts import Kind, read_manifest
+from diffstill.config import load_params
 from diffstill.errors import DiffstillError
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -24,6 +26,7 @@ REF = click.argument("ref")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 FORMATS = ("imagefolder", "parquet", "webdataset", "huggingface")
 LONGEST_REASON = 500
+GARBAGE = ("what", "files", "size", "idle", "why")
 HEADS = ("version", "aliases", "IPC", "classes", "size", "val", "gain on val", "published")
 
 
@@ -262,4 +265,80 @@ def _aliases(registry: Any, name: str) -> str:
     return ", ".join(f"{alias} = {version.number}" for version in registry.search(name) for alias in version.aliases) or "none"
 
 
-COMMANDS: tuple[click.Command, ...] = (list_sets, search, card, download, export, lineage, compare, reproduce, promote, deprecate)
+@click.command()
+@click.option("--store", metavar="S3-URI", help="Sets and reports below this `publish.store` that no version names.")
+@click.option("--cache", is_flag=True, help="Downloads that nobody uses.")
+@click.option("--work", is_flag=True, help="What killed stages left and nobody goes on with.")
+@click.option("--older-than", default="7d", show_default=True, metavar="TIME", help="What was not written or used for so long: 7d, 36h.")
+@click.option("--registry", "named", multiple=True, metavar="URI", help="Another MLflow with versions in the store. May be repeated.")
+@click.option(
+    "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
+)
+@click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Artifacts of the chain: only drafts beside them go.")
+@click.option("--delete", is_flag=True, help="Remove it. Without this nothing is changed.")
+@AS_JSON
+@click.pass_context
+def gc(
+    ctx: click.Context,
+    store: str | None,
+    cache: bool,
+    work: bool,
+    older_than: str,
+    named: tuple[str, ...],
+    params_path: Path,
+    artifacts: Path,
+    delete: bool,
+    as_json: bool,
+) -> None:
+    """Show what nobody needs any more, and with --delete remove it: never what a version names, or a process uses.
+
+    Without --store, --cache or --work: the store of params.yaml, the cache and the work folder. Versions are looked up in the MLflow of the
+    environment and in those given by --registry, and nowhere else. In a bucket that keeps versions of objects a removal leaves delete markers.
+    """
+    from diffstill import gc as collecting
+    from diffstill.run import Listener
+
+    grace, everything = collecting.idle_time(older_than), not (store or cache or work)
+    explicit = ctx.get_parameter_source("params_path") is ParameterSource.COMMANDLINE
+    params = load_params(params_path) if explicit or params_path.is_file() else None
+    place = store or (params.publish.store if params and everything else None)
+    if named and not place:
+        raise DiffstillError("--registry says where versions of a store are looked up; give the store with --store, too")
+    asked = collecting.registries(named) if place else []
+    survey = collecting.in_store(place, asked, grace, confirmed=bool(named)) if place else collecting.Survey()
+    survey += collecting.in_cache(grace) if cache or everything else collecting.Survey()
+    survey += collecting.in_work(grace, params, artifacts) if work or everything else collecting.Survey()
+    outcomes: dict[Any, str | None] = {}
+    try:
+        if delete:
+            outcomes.update(collecting.sweep(survey, Listener()))
+    finally:
+        _print_garbage(survey, outcomes, asked, delete, as_json)
+
+
+def _print_garbage(survey: Any, outcomes: Any, asked: Sequence[Any], delete: bool, as_json: bool) -> None:
+    """What was found, and what came of it; those that were not come to have no outcome."""
+    from diffstill import gc as collecting
+
+    spared = {one: f"spared, it {reason}" if reason else "removed" for one, reason in outcomes.items()}
+    told = {one: spared.get(one, "stays") if delete else "would go" for one in survey.garbage}
+    addresses = [one.address for one in asked]
+    if as_json:
+        found = [one.plain() | {"outcome": outcome} for one, outcome in told.items()]
+        plain = {"garbage": found, "kept": dict(survey.kept), "registries": addresses, "doubt": survey.doubt}
+        click.echo(json.dumps(plain, indent=1, sort_keys=True))
+        return
+    rows = [
+        (one.place, str(one.files), collecting.shown_size(one.size), collecting.shown_time(one.idle), f"{one.why}{f': {outcome}' if delete else ''}")
+        for one, outcome in told.items()
+    ]
+    if rows:
+        _print_table(GARBAGE, rows)
+    click.echo(collecting.summary(survey, [one for one, outcome in told.items() if outcome in ("would go", "removed")], delete))
+    if asked:
+        click.echo(
+            f"versions: looked up at {', '.join(addresses)} and nowhere else; if another MLflow has versions in this store, name it with --registry"
+        )
+
+
+COMMANDS: tuple[click.Command, ...] = (list_sets, search, card, download, export, lineage, compare, reproduce, promote, deprecate, gc)

@@ -40,10 +40,14 @@ log = logging.getLogger("diffstill")
 NEWEST = "newest"
 BEST = "best-ipc"
 KINDS: tuple[Kind, ...] = ("distilled", "report", "card")
+STORED: tuple[Kind, ...] = ("distilled", "report")
+"""What `publish.store` holds, below `<kind>/<SHA-256>`."""
 FORMS = "<name>, <name>@<alias>, <name>/<number>, models:/<name>..., s3://<bucket>/<prefix of a distilled artifact>, or a folder"
 DESCRIPTION_LIMIT = 5000
 """Characters of a description that every database behind MLflow holds."""
 TRANSFERS = 8
+PAGE = 1000
+"""Versions that MLflow is asked for at once."""
 PATIENCE = 10
 """Refusals of MLflow to move an alias after which it is not the fault of others who publish."""
 MARK = "diffstill.version"
@@ -105,8 +109,8 @@ class Reference:
 class Registry:
     """The model registry of an MLflow server."""
 
-    def __init__(self, client: MlflowClient, run: StageRun | None = None) -> None:
-        self._client, self._run = client, run
+    def __init__(self, client: MlflowClient, run: StageRun | None = None, uri: str | None = None) -> None:
+        self._client, self._run, self._uri = client, run, uri
 
     @classmethod
     def here(cls, run: StageRun | None = None) -> Registry:
@@ -117,6 +121,16 @@ class Registry:
             )
         with answering():
             return cls(connect(), run)
+
+    @classmethod
+    def at(cls, uri: str) -> Registry:
+        """The registry at that URI, whatever the environment says. Raises `DiffstillError` for a database that is not there: MLflow would make an empty one."""
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            raise DiffstillError(
+                f"{uri}: no such database, so it knows no version; set MLFLOW_TRACKING_URI, or --registry, to the MLflow that has them"
+            )
+        with answering(uri):
+            return cls(connect(uri), uri=uri)
 
     # --- finding
 
@@ -135,10 +149,26 @@ class Registry:
         kept = [one for one in versions if wanted.items() <= one.tags.items()]
         return sorted(kept, key=lambda one: (one.name, one.number))
 
+    def digests(self) -> frozenset[str]:
+        """Every SHA-256 that a version of any model names, ours or not, deprecated or not, in whatever field or tag."""
+        with answering(self._uri):
+            found = self._settled_listing()
+        return frozenset(digest for text in found for digest in re.findall(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", text))
+
+    def _settled_listing(self) -> set[str]:
+        """All that all versions say. Pages are cut by position, so a version that is deleted meanwhile hides another: two readings in a row must agree."""
+        found, before = set(self._texts()), None
+        while len(found) > PAGE and found != before:
+            found, before = set(self._texts()), found
+        return found
+
+    def _texts(self) -> Iterator[str]:
+        return (json.dumps(dict(one), default=str, sort_keys=True).lower() for one in self._listed(None))
+
     def _listed(self, condition: str | None) -> Iterator[ModelVersion]:
-        token = None
+        token, order = None, ["name ASC", "version_number ASC"]  # by default what was changed comes first, so that places move
         while True:
-            page = self._client.search_model_versions(condition, max_results=1000, page_token=token)
+            page = self._client.search_model_versions(condition, PAGE, order, token)
             yield from page
             if not (token := page.token):
                 return
@@ -169,7 +199,7 @@ class Registry:
     @property
     def address(self) -> str:
         """The server, without credentials."""
-        return without_secrets(tracking_uri())
+        return without_secrets(self._uri or tracking_uri())
 
     # --- fetching
 
@@ -254,7 +284,7 @@ class Registry:
         places: dict[Kind, str] = {}
         for kind in KINDS:
             artifact = release.artifacts[kind]
-            if store and kind != "card":
+            if store and kind in STORED:
                 places[kind] = f"{store.rstrip('/')}/{kind}/{artifact.digest}"
                 encryption = storage.Encryption(release.config.encryption, release.config.kms_key) if release.config.encryption else None
                 storage.upload(artifact.folder, places[kind], record, encryption=encryption)
@@ -423,9 +453,10 @@ def cached(digest: str, kind: Kind, where: str, fill: Callable[[Path], None]) ->
         fix = "it was changed there; restore it, or delete the version that it belongs to and publish anew"
         _verify(partial_folder, digest, kind, where, fix)
 
-    if folder.exists():
-        _verify(folder, digest, kind, str(folder), f"it was changed in the cache; remove {folder}, and it is downloaded anew")
+    there = folder.exists()
     storage.appear(folder, arrive)
+    if there:
+        _verify(folder, digest, kind, str(folder), f"it was changed in the cache; remove {folder}, and it is downloaded anew")
     return folder
 
 

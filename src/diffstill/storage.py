@@ -1,4 +1,4 @@
-"""S3, and only here: upload, list, download, read and probe what lies under `s3://bucket/prefix`.
+"""S3, and only here: upload, list, download, read, probe and remove what lies under `s3://bucket/prefix`.
 
 Endpoint and credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID` and the other usual ways).
 A prefix is a folder: `s3://bucket/a` has `a/b`, but not `ab`.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from filelock import FileLock
 
@@ -29,6 +33,7 @@ from diffstill.artifacts import DESKTOP_LITTER
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.record import Progress, Record, ignore
 
+log = logging.getLogger("diffstill")
 FORM = "s3://<bucket>/<prefix>"
 BATCH = 1000
 """Files in transfer at a time: a transfer of boto3 keeps some kilobytes until it is let go, and data sets have millions of files."""
@@ -40,6 +45,12 @@ PART = 8 * 2**20
 """Bytes of a part; files of as many or more are sent in parts. The default of boto3 and AWS, so that the ETags of their uploads compare."""
 ABANDONED = timedelta(hours=1)
 """An upload in parts that began longer ago and is not complete is one of a killed process."""
+LEASE = timedelta(minutes=3)
+"""For so long after its last sign a removal counts as at work, then as that of a killed process."""
+PAUSE = 1.0
+"""Seconds between two looks at a prefix that somebody is removing."""
+DELETES = 100
+"""Objects that are deleted between two signs of a removal."""
 LONGEST_KEY = 1024
 """Bytes of UTF-8."""
 
@@ -62,7 +73,7 @@ _FIXES = {
     "KMS.DisabledException": _ENCRYPTION,
     "ProfileNotFound": "correct or unset AWS_PROFILE",
 }
-_PROBE = ".diffstill-probe-"
+_PROBE, _REMOVAL = ".diffstill-probe-", ".diffstill-removal-"
 _TAKEN = (409, 412)  # HTTP: what was to be written only where nothing is, is there already
 
 
@@ -94,10 +105,11 @@ class Encryption:
 def upload(folder: Path, uri: str, record: Record = ignore, *, last: str = "manifest.json", encryption: Encryption | None = None) -> int:
     """Send the files in `folder` to the prefix `uri`, which nothing else is written to. Returns the bytes that were sent now.
 
-    What is there already with the same content stays as it is, so a killed upload goes on; nothing is overwritten or deleted.
-    The file `last` is sent when the store is seen to hold all others: a prefix that has it is whole. Folders without files, and
-    what file browsers leave in folders, are not sent. Raises `DiffstillError` naming the file that S3 cannot hold or that changes
-    meanwhile, or the object that differs or is none of the files.
+    What is there already with the same content stays as it is, so a killed upload goes on; nothing is overwritten or deleted,
+    but where all is there `last` is written anew, which makes the prefix young to `remove`. The file `last` is sent when the store
+    is seen to hold all others: a prefix that has it is whole. Folders without files, and what file browsers leave in folders, are
+    not sent. Raises `DiffstillError` naming the file that S3 cannot hold or that changes meanwhile, or the object that differs or
+    is none of the files.
     """
     files = _files(folder, _parts(uri)[1])
     if last not in files:
@@ -110,7 +122,11 @@ def upload(folder: Path, uri: str, record: Record = ignore, *, last: str = "mani
         total, left = sum(file.size for file in files.values()), sum(file.size for file in missing)
         with record.progress("upload", total, "B", done=total - left) as progress:
             rest = [file for file in missing if file.name != last]
-            return sending.send(rest, progress) + sending.send([file for file in missing if file.name == last], progress)
+            sent = sending.send(rest, progress)
+            if files[last] in missing:
+                return sent + sending.send([files[last]], progress)
+            sending.renew(files[last])
+            return sent
 
 
 def read(uri: str) -> bytes:
@@ -140,15 +156,39 @@ def listing(uri: str) -> list[Object]:
     return sorted(objects, key=lambda item: item.name)
 
 
+def names(uri: str) -> list[str]:
+    """The names of all files below `uri`, also such as no folder can hold; none where there are none."""
+    with _client(uri) as client:
+        return [item.name for item in _objects(client, *_parts(uri))]
+
+
 def _objects(client: Any, bucket: str, prefix: str) -> list[Object]:
-    """All objects below `prefix` but those that stand for a folder, and those of `probe`."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    found = [Object(item["Key"].removeprefix(prefix), item["Size"], item["ETag"]) for page in pages for item in page.get("Contents", ())]
-    return [item for item in found if not item.name.endswith("/") and item.name and not _is_probe(item.name)]
+    """All objects below `prefix` but those that stand for a folder, and those of `probe` and `remove`."""
+    return [item for item, _ in _dated(client, bucket, prefix) if _is_file(item.name)]
 
 
-def _is_probe(name: str) -> bool:
-    return PurePosixPath(name).name.startswith(_PROBE)
+def _dated(client: Any, bucket: str, prefix: str) -> Iterator[tuple[Object, timedelta]]:
+    """All objects below `prefix`, each with its age by the clock of the store."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        now = _time(page)
+        for item in page.get("Contents", ()):
+            yield Object(item["Key"].removeprefix(prefix), item["Size"], item["ETag"]), now - item["LastModified"]
+
+
+def _time(answer: Mapping[str, Any]) -> datetime:
+    """When the store gave an answer."""
+    said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(said) if said else datetime.now(UTC)
+
+
+def _is_file(name: str) -> bool:
+    """Whether it stands for a file, and not for a folder or for what `probe` and `remove` write."""
+    return bool(name) and not name.endswith("/") and not _is_ours(name)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it is an object of `probe` or `remove`, which is no file of anybody."""
+    return PurePosixPath(name).name.startswith((_PROBE, _REMOVAL))
 
 
 def download(uri: str, folder: Path, record: Record = ignore) -> list[Object]:
@@ -233,12 +273,17 @@ def refuse_malformed(uri: str) -> None:
 
 
 def appear(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a folder that appears at `folder` whole or not at all; nothing is done if it is there, or comes from another process."""
+    """Let `fill` write a folder that appears at `folder` whole or not at all.
+
+    If it is there, or comes from another process, it is only marked as used now: under this lock `diffstill gc` leaves it alone then.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         if folder.exists():
+            with suppress(PermissionError):  # of somebody else, or on a disk that is only read
+                os.utime(folder)
             return
         try:
             partial.mkdir()
@@ -326,16 +371,13 @@ class _Upload:
 
     def abort_abandoned(self) -> None:
         """Free what uploads in parts left that were killed; the uploads of others who are at work go on."""
-        bucket, prefix = _parts(self.uri)
-        for page in self.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            for begun in page.get("Uploads", ()):
-                if begun["Initiated"] < datetime.now(UTC) - ABANDONED:
-                    with suppress(self.client.exceptions.NoSuchUpload):  # another process was quicker
-                        self.client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
+        for parts in _unfinished(self.client, self.uri):
+            if parts.age > ABANDONED:
+                _abort(self.client, self.uri, parts)
 
     def missing(self) -> list[_File]:
         """The files that the store lacks. Raises `DiffstillError` if it holds anything but `files`."""
-        found = _objects(self.client, *_parts(self.uri))
+        found = self._settled()
         if foreign := next((item for item in found if item.name not in self.files), None):
             raise DiffstillError(
                 f"{self.uri}: holds {foreign.name!r}, which is none of the files to upload; upload to another prefix, or remove it there"
@@ -350,6 +392,18 @@ class _Upload:
         there = {item.name for item in found}
         return [file for name, file in self.files.items() if name not in there]
 
+    def _settled(self) -> list[Object]:
+        """What the store holds, once no `remove` is at work there.
+
+        An upload writes, then looks for the sign of a removal; a removal gives its sign, then looks for what was written. So one of them sees the other.
+        """
+        while True:
+            found = list(_dated(self.client, *_parts(self.uri)))
+            if not any(_is_sign(item.name) and age < LEASE for item, age in found):
+                return [item for item, _ in found if _is_file(item.name)]
+            log.info("%s: waits for a `diffstill gc` that removes what lay there", self.uri)
+            time.sleep(PAUSE)
+
     def send(self, files: list[_File], progress: Progress) -> int:
         """Send `files` and see that the store holds them and all it held before. Returns the bytes sent. Raises `DiffstillError` if it does not."""
         lock = Lock()
@@ -359,10 +413,19 @@ class _Upload:
                 progress.update(bytes_transferred)
 
         sent = sum(future.result() for future in as_completed([self.workers.submit(self._send, file, count) for file in files]))
-        expected = {file.name for file in files} | {item.name for item in self.verified}
-        if files and (lost := expected & {file.name for file in self.missing()}):
-            raise DiffstillError(f"{self.uri}: lost {min(lost)!r} after it was sent; look for what removes objects there, then try again")
+        if files:
+            self._refuse_lost({file.name for file in files})
         return sent
+
+    def renew(self, file: _File) -> None:
+        """Write a file anew that is there, and see that the store still holds all it held."""
+        self._put(file, lambda _: None, only_new=False)
+        self._refuse_lost({file.name})
+
+    def _refuse_lost(self, sent: set[str]) -> None:
+        expected = sent | {item.name for item in self.verified}
+        if lost := expected & {file.name for file in self.missing()}:
+            raise DiffstillError(f"{self.uri}: lost {min(lost)!r} after it was sent; look for what removes objects there, then try again")
 
     def _send(self, file: _File, count: Callable[[int], None]) -> int:
         """Send one file, unless there is an object of its name by now: what that holds is seen when all are verified."""
@@ -376,12 +439,13 @@ class _Upload:
             return 0
         return file.size
 
-    def _put(self, file: _File, count: Callable[[int], None]) -> None:
+    def _put(self, file: _File, count: Callable[[int], None], *, only_new: bool = True) -> None:
         content = file.content()
+        condition = {"IfNoneMatch": "*"} if only_new else {}
         # With the checksum itself beside the algorithm boto3 sends no trailer, which old stores do not know.
         checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(hashlib.sha256(content))}
         encryption = self._encryption()
-        stored = self.client.put_object(**self._address(file.name), Body=content, IfNoneMatch="*", **checksum, **encryption)
+        stored = self.client.put_object(**self._address(file.name), Body=content, **condition, **checksum, **encryption)
         if encryption and stored.get("ServerSideEncryption") != encryption["ServerSideEncryption"]:
             raise DiffstillError(
                 f"{self.uri}: {_endpoint()} stored {file.name!r} without the encryption {encryption['ServerSideEncryption']!r} that it was asked for; "
@@ -461,9 +525,9 @@ def _file(folder: Path, path: Path, prefix: str) -> _File:
         raise DiffstillError(f"{str(path)!r}: is a link or another special file, which S3 cannot hold; put a regular file there, or remove it")
     if len((prefix + name).encode("utf-8", "surrogateescape")) > LONGEST_KEY:
         raise DiffstillError(f"{str(path)!r}: makes a key of more than {LONGEST_KEY} bytes, which S3 cannot hold; shorten its name or the prefix")
-    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name) or _is_probe(name):
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name) or _is_ours(name):
         raise DiffstillError(
-            f"{str(path)!r}: has a name of control characters, other than UTF-8, or of {_PROBE}*, which S3 cannot hold here; rename it"
+            f"{str(path)!r}: has a name of control characters, other than UTF-8, or of {_PROBE}* or {_REMOVAL}*, which S3 cannot hold here; rename it"
         )
     return _File(name, path, status.st_size, _stamp(status))
 
@@ -494,6 +558,160 @@ def _base64(digest: Any) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
+# --- remove -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Area:
+    """A folder in the store: how many objects of which size, the age of the youngest, and whether it has a manifest."""
+
+    uri: str
+    name: str
+    objects: int
+    size: int
+    age: timedelta
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What has arrived of a large file whose upload in parts is not complete: its name below the prefix."""
+
+    name: str
+    upload_id: str
+    size: int
+    age: timedelta
+
+
+def areas(uri: str, last: str = "manifest.json") -> list[Area]:
+    """The folders directly below `uri`, by name."""
+    found: dict[str, Area] = {}
+    with _client(uri) as client:
+        for item, age in _dated(client, *_parts(uri)):
+            name, slash, below = item.name.partition("/")
+            if slash:
+                known = found.get(name, Area(f"{uri.rstrip('/')}/{name}", name, 0, 0, timedelta.max, whole=False))
+                youngest = known.age if _is_sign(below) else min(age, known.age)
+                whole = known.whole or below == last
+                found[name] = replace(known, objects=known.objects + 1, size=known.size + item.size, age=youngest, whole=whole)
+    return [found[name] for name in sorted(found)]
+
+
+def unfinished(uri: str) -> list[Parts]:
+    """Uploads in parts below `uri` that are not complete, with the bytes that they hold."""
+    with _client(uri) as client:
+        return [replace(one, size=_held(client, uri, one)) for one in _unfinished(client, uri)]
+
+
+def _unfinished(client: Any, uri: str) -> Iterator[Parts]:
+    bucket, prefix = _parts(uri)
+    for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+        now = _time(page)
+        for begun in page.get("Uploads", ()):
+            yield Parts(begun["Key"].removeprefix(prefix), begun["UploadId"], 0, now - begun["Initiated"])
+
+
+def _held(client: Any, uri: str, parts: Parts) -> int:
+    bucket, prefix = _parts(uri)
+    with suppress(client.exceptions.NoSuchUpload):  # it was completed meanwhile
+        pages = client.get_paginator("list_parts").paginate(Bucket=bucket, Key=prefix + parts.name, UploadId=parts.upload_id)
+        return sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+    return 0
+
+
+def abort(uri: str, parts: Parts) -> None:
+    """Free what an upload in parts has sent; nothing if it is complete or gone."""
+    with _client(uri) as client:
+        _abort(client, uri, parts)
+
+
+def _abort(client: Any, uri: str, parts: Parts) -> None:
+    bucket, prefix = _parts(uri)
+    with suppress(client.exceptions.NoSuchUpload):  # another process was quicker
+        client.abort_multipart_upload(Bucket=bucket, Key=prefix + parts.name, UploadId=parts.upload_id)
+
+
+def remove(uri: str, unless: Callable[[list[str], timedelta], str | None], *, first: str = "manifest.json") -> str | None:
+    """Delete all objects below `uri`, `first` before all others, so that what is left of it is not whole. Returns None, or why it was spared.
+
+    `unless` is told their names and the age of the youngest, and says why they must stay after all. Uploads to the prefix wait meanwhile, and
+    what they have written before is seen by `unless`. Killed half-way, what is left is a prefix that is not whole: an upload or another removal goes on.
+    """
+    with _client(uri) as client, _Removal(client, uri) as removal:
+        names, age = removal.look()
+        if names is None:
+            return "is being removed by another `diffstill gc`"
+        if reason := unless([name for name in names if _is_file(name)], age):
+            return reason
+        removal.delete([name for name in names if name == first])
+        removal.delete([name for name in names if name != first])
+        for parts in _unfinished(client, uri):
+            _abort(client, uri, parts)
+    return None
+
+
+@dataclass
+class _Removal:
+    """A removal at work: while it is, an object of its own in the prefix says so to uploads, and to other removals."""
+
+    client: Any
+    uri: str
+    sign: str = field(default_factory=lambda: f"{_REMOVAL}{uuid.uuid4().hex}")
+    given: float = field(default_factory=time.time)
+
+    def __enter__(self) -> Self:
+        self._give_sign()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with suppress(Exception):  # the first error is the one to show, and the sign ages by itself
+            self.client.delete_object(**self._address(self.sign))
+
+    def look(self) -> tuple[list[str] | None, timedelta]:
+        """The names of all objects, and the age of the youngest or of an upload in parts; no names while another removal is at work."""
+        names, ages = [], [parts.age for parts in _unfinished(self.client, self.uri)]
+        for item, age in _dated(self.client, *_parts(self.uri)):
+            if _is_sign(item.name) and item.name != self.sign and age < LEASE:
+                return None, age
+            if not _is_sign(item.name):
+                ages.append(age)
+            if item.name != self.sign:
+                names.append(item.name)
+        return names, min(ages, default=timedelta.max)
+
+    def delete(self, names: list[str]) -> None:
+        """Delete objects, giving signs. Raises `DiffstillError` if something held it up."""
+        with _workers() as workers:
+            for start in range(0, len(names), DELETES):
+                self._give_sign()
+                for future in as_completed([workers.submit(self._delete, name) for name in names[start : start + DELETES]]):
+                    future.result()
+
+    def _give_sign(self) -> None:
+        self._refuse_late()
+        given = time.time()  # of the wall: it goes on while a machine sleeps
+        self.client.put_object(**self._address(self.sign), Body=b"")
+        self.given = given
+
+    def _delete(self, name: str) -> None:
+        """One request per object: stores differ in the checksum that they want with a list of them."""
+        self._refuse_late()
+        self.client.delete_object(**self._address(name))
+
+    def _refuse_late(self) -> None:
+        """Raise `DiffstillError` when the sign is so old that an upload may soon take this removal for dead."""
+        if time.time() - self.given > LEASE.total_seconds() / 3:
+            raise DiffstillError(f"{self.uri}: its removal was held up, and somebody may be uploading there by now; try again")
+
+    def _address(self, name: str) -> dict[str, str]:
+        bucket, prefix = _parts(self.uri)
+        return {"Bucket": bucket, "Key": prefix + name}
+
+
+def _is_sign(name: str) -> bool:
+    return name.startswith(_REMOVAL)
+
+
 # --- the store ----------------------------------------------------------------------------------------------------
 
 
@@ -520,12 +738,28 @@ def _client(uri: str) -> Iterator[Any]:
     except ImportError as error:
         raise DiffstillError(f"{uri}: S3 needs boto3, which is not installed; pip install 'diffstill[s3]'") from error
     try:
-        yield _connected(boto3.Session())
+        yield _connected(boto3.Session(botocore_session=_session()))
     except (BotoCoreError, ClientError, RetriesExceededError) as error:
         # The code alone: messages of servers quote access keys and signatures.
         code = error.response.get("Error", {}).get("Code", "?") if isinstance(error, ClientError) else type(error).__name__
         fix = _FIXES.get(code, "check AWS_ENDPOINT_URL, the network and the service, then try again")
         raise DiffstillError(f"{uri}: bucket {_parts(uri)[0]!r} at {_endpoint()} refuses ({code}); {fix}") from error
+
+
+def _session() -> Any:
+    from botocore.session import get_session
+
+    session = get_session()
+    session.register_component("data_loader", _models())
+    return session
+
+
+@cache
+def _models() -> Any:
+    """What botocore knows of services. To read it anew is most of the fifth of a second that a client takes."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def _connected(session: Any) -> Any:

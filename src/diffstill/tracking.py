@@ -154,8 +154,8 @@ def open_chain(params: Params) -> None:
         _parent(connect(), params, "")
 
 
-def connect() -> MlflowClient:
-    """A client of the server that runs go to."""
+def connect(uri: str | None = None) -> MlflowClient:
+    """A client of the server that runs go to, or of the registry at `uri`."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints the credentials in a URL, too
     from mlflow import MlflowClient
@@ -163,12 +163,12 @@ def connect() -> MlflowClient:
     for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry is a warning there; what fails in the end is our message
-    return MlflowClient(tracking_uri())
+    return MlflowClient(uri, registry_uri=uri) if uri else MlflowClient(tracking_uri())
 
 
 @contextmanager
-def answering() -> Iterator[None]:
-    """Turn a failure of MLflow, its database or its driver into one message without credentials."""
+def answering(uri: str | None = None) -> Iterator[None]:
+    """Turn a failure of MLflow at `uri`, by default where runs go, of its database or its driver into one message without credentials."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -178,7 +178,7 @@ def answering() -> Iterator[None]:
         reason = without_secrets(" ".join(str(error).split()))
         reason = reason if len(reason) <= SHOWN else f"{reason[: SHOWN // 2]} ... {reason[-SHOWN // 2 :]}"  # the cause stands at the end
         raise DiffstillError(
-            f"MLflow at {without_secrets(tracking_uri())} refuses ({reason}); "
+            f"MLflow at {without_secrets(uri or tracking_uri())} refuses ({reason}); "
             "mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID, or start the server; with MLFLOW_TRACKING_URI=none a chain runs without tracking"
         ) from error
 
