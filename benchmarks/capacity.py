@@ -160,17 +160,19 @@ def tables(plan: Plan, work: Work, rates: Rates, gpus: list[int]) -> list[Table]
 
 
 def _stored(plan: Plan, rates: Rates) -> Table:
-    table = Table("artifact", "files", "bytes", "requests to send it", "time for one pod to fetch it")
-    rows, shards = plan.images + plan.tested, plan.params.prepare.shard_size
-    for name, files, each in (
-        ("images", files_of(rows, shards), shards * plan.image_bytes),
-        ("latents", files_of(plan.images, plan.params.encode.shard_size), plan.params.encode.shard_size * plan.latent_bytes),
+    """`sent`: how often the pipeline sends each file, once by a shard and once by who gathers the shards."""
+    table = Table("artifact", "files", "bytes", "sent", "requests", "time for one pod to fetch it")
+    pixels = files_of(plan.images + plan.tested, plan.params.prepare.shard_size), plan.params.prepare.shard_size * plan.image_bytes
+    latents = files_of(plan.images, plan.params.encode.shard_size), plan.params.encode.shard_size * plan.latent_bytes
+    for name, (files, each), whole, sent in (
+        ("images", pixels, (plan.images + plan.tested) * plan.image_bytes, 1),
+        ("latents", latents, plan.images * plan.latent_bytes, 2),
     ):
-        whole = (rows if name == "images" else plan.images) * (plan.image_bytes if name == "images" else plan.latent_bytes)
-        table.add_row(name, f"{files:,}", _bytes(whole), f"{requests_of(files, each):,}", _hours(whole / rates.network))
-    pixels = 3 * plan.side**2
-    table.add_row("distilled, PNG, at most", f"{plan.drawn:,}", _bytes(plan.drawn * pixels), f"{plan.drawn:,}", _hours(plan.drawn / rates.requests))
-    table.add_row("memories, on each GPU", "", _bytes(plan.bank_bytes), "", "")
+        table.add_row(name, f"{files:,}", _bytes(whole), f"{sent} x", f"{sent * requests_of(files, each):,}", _hours(whole / rates.network))
+    for name in ("distilled", "untuned"):
+        size, seconds = plan.drawn * 3 * plan.side**2, plan.drawn / rates.requests
+        table.add_row(f"{name}, PNG, at most", f"{plan.drawn:,}", _bytes(size), "2 x", f"{2 * plan.drawn:,}", f"{_hours(seconds)}, as to send it")
+    table.add_row("memories, on each GPU", "", _bytes(plan.bank_bytes), "", "", "")
     return table
 
 
