@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -59,7 +60,7 @@ def command(container, cluster):
 def environment(container, cluster):
     """Its variables, and nothing of ours but the way to programs."""
     places, keys = cluster
-    found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": "/nowhere", "OMP_NUM_THREADS": "1"}
+    found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": tempfile.gettempdir(), "OMP_NUM_THREADS": "1"}
     for variable in container["env"]:
         named = variable.get("valueFrom", {})
         source = named.get("secretKeyRef") or named.get("configMapKeyRef")
