@@ -5,11 +5,15 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
+from mlflow.server.security_utils import is_allowed_host_header
 
 import manifests
 from components.images import TAGGED, load_images
@@ -17,9 +21,11 @@ from manifests import KUBERNETES, ROOT, name, pods, refused, rendered
 from pipelines.nodes import labels, order
 from pipelines.package import write_package
 from pipelines.settings import load_settings
-from policies import RULES, by_kind, complaints, may_talk
+from policies import RULES, STRANGERS, by_kind, complaints, has_room, may_talk
 
 OVERLAYS = sorted(path.parent.name for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
+OURS = [one for one in OVERLAYS if one != "mine"]
+"""Without one's own, which is held to what is valid and to the policies, too."""
 COMPONENTS = sorted(path.parent.name for path in (KUBERNETES / "components").glob("*/kustomization.yaml"))
 SETTINGS = [overlay for overlay in OVERLAYS if (KUBERNETES / "overlays" / overlay / "settings.yaml").exists()]
 
@@ -52,9 +58,9 @@ def together(folder, components):
 
 
 def test_the_overlays_are_those_that_are_described():
-    assert OVERLAYS == ["aws", "gpu", "kind", "kueue", "multinode", "standalone"]
+    assert OURS == ["aws", "gpu", "kind", "kueue", "multinode", "standalone"]
     described = (KUBERNETES / "README.md").read_text()
-    for folder in (*(f"overlays/{one}" for one in OVERLAYS), *(f"components/{one}" for one in COMPONENTS)):
+    for folder in (*(f"overlays/{one}" for one in OURS), *(f"components/{one}" for one in COMPONENTS)):
         assert f"`{folder}`" in described, folder
 
 
@@ -204,6 +210,36 @@ def env(thing, **variable):
     pod_of(thing)["containers"][0]["env"].append(variable)
 
 
+def argument(which, *words):
+    """One more on the command line of the first container."""
+    return spoil(which, lambda it: pod_of(it)["containers"][0].setdefault("args", []).extend(words))
+
+
+def hosts_of(thing, change):
+    """What MLflow answers to."""
+    args = pod_of(thing)["containers"][0]["args"]
+    (at,) = [number for number, word in enumerate(args) if word.startswith("--allowed-hosts=")]
+    args[at] = f"--allowed-hosts={change(args[at].partition('=')[2])}"
+
+
+def probe_path(thing, probe, path):
+    pod_of(thing)["containers"][0][probe]["httpGet"]["path"] = path
+
+
+def lets(way, side, peer, ports=({"protocol": "TCP", "port": 443},)):
+    """One more opening of MLflow's policy."""
+    return spoil("NetworkPolicy/mlflow", lambda it: it["spec"][way].append({side: [peer], "ports": list(ports)}))
+
+
+def budget(**spec):
+    """The budget of MLflow, with other numbers."""
+
+    def change(it):
+        it["spec"] = {"selector": it["spec"]["selector"], **spec}
+
+    return spoil("PodDisruptionBudget/mlflow", change)
+
+
 SPOILED = [
     ("non_root", spoil("Deployment/mlflow", lambda it: pod_of(it)["securityContext"].update(runAsNonRoot=False))),
     ("non_root", spoil("StatefulSet/postgres", lambda it: pod_of(it)["securityContext"].update(runAsUser=0))),
@@ -227,7 +263,65 @@ SPOILED = [
     ("no_literal_secret", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0]["args"].append("--store=https://me:hunter2@host"))),
     ("no_literal_secret", spoil("ConfigMap/diffstill-services", lambda it: it["data"].update({"secret-key": "hunter2"}))),
     ("no_literal_secret", spoil("ConfigMap/diffstill-services", lambda it: it.update(kind="Secret"))),
+    ("no_literal_secret", argument("Deployment/mlflow", "--dsn=host=postgres password=hunter2")),
+    ("no_literal_secret", argument("Job/buckets", 'aws_secret_access_key="hunter2"')),
+    ("no_literal_secret", argument("Job/buckets", "client = boto3.client('s3', aws_secret_access_key = 'hunter2')")),
+    ("no_literal_secret", argument("StatefulSet/postgres", "--password", "hunter2")),
+    ("no_literal_secret", spoil("Deployment/mlflow", lambda it: env(it, name="DSN", value="host=postgres password=hunter2"))),
+    ("no_literal_secret", spoil("ConfigMap/diffstill-services", lambda it: it["data"].update(more="token: hunter2"))),
+    (
+        "no_literal_secret",
+        spoil(
+            "StatefulSet/postgres",
+            lambda it: pod_of(it)["containers"][0]["livenessProbe"]["exec"]["command"].append("PGPASSWORD=hunter2"),
+        ),
+    ),
     ("probed", spoil("StatefulSet/s3", lambda it: pod_of(it)["containers"][0].pop("livenessProbe"))),
+    ("probed", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0]["startupProbe"].update(failureThreshold=11))),
+    ("probed", spoil("StatefulSet/s3", lambda it: pod_of(it)["containers"][0]["startupProbe"].pop("failureThreshold"))),
+    *(
+        ("mlflow_probed_where_it_answers", spoil("Deployment/mlflow", lambda it, probe=probe, path=path: probe_path(it, probe, path)))
+        for probe, path in (("startupProbe", "/"), ("readinessProbe", "/healthz"), ("livenessProbe", "/metrics"))
+    ),
+    *(
+        ("known_by_name", spoil("Deployment/mlflow", lambda it, change=change: hosts_of(it, change)))
+        for change in (
+            lambda hosts: f"{hosts},*",
+            lambda hosts: f"{hosts}, *",
+            lambda hosts: f"10.*,{hosts}",
+            lambda _hosts: "",
+            lambda hosts: f"{hosts},172.*:5000",
+            lambda hosts: f"{hosts},mlflow*",
+            lambda hosts: f"{hosts},*:5000",
+        )
+    ),
+    ("known_by_name", spoil("Deployment/mlflow", lambda it: pod_of(it)["containers"][0].update(args=["--host=0.0.0.0"]))),
+    ("known_by_name", argument("Deployment/mlflow", "--allowed-hosts", "*")),
+    ("known_by_name", argument("Deployment/mlflow", "--disable-security-middleware")),
+    ("known_by_name", spoil("Deployment/mlflow", lambda it: env(it, name="MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", value="true"))),
+    ("no_literal_secret", argument("StatefulSet/postgres", "exec postgres --password hunter2")),
+    *(("narrow", lets("ingress", "from", peer)) for peer in ({"ipBlock": {"cidr": "10.0.0.0/8"}}, {"namespaceSelector": {}}, {})),
+    *(
+        ("narrow", lets("egress", "to", {"ipBlock": block}))
+        for block in (
+            {"cidr": "0.0.0.0/0"},
+            {"cidr": "128.0.0.0/1"},
+            {"cidr": "169.254.0.0/16", "except": ["169.254.1.0/24"]},
+            {"cidr": "0.0.0.0/0", "except": ["169.254.169.253/32"]},
+            {"cidr": "::/0"},
+        )
+    ),
+    ("narrow", lets("egress", "to", {"ipBlock": {"cidr": "10.0.0.0/16"}}, [])),
+    ("narrow", lets("egress", "to", {"ipBlock": {"cidr": "10.0.0.0/16"}}, [{"protocol": "TCP"}])),
+    ("narrow", lets("egress", "to", {"ipBlock": {"cidr": "10.0.0.0/16"}}, [{"protocol": "TCP", "port": 1, "endPort": 65535}])),
+    ("narrow", spoil("NetworkPolicy/mlflow", lambda it: it["spec"]["egress"][0].pop("to"))),
+    *(
+        ("bound_to_us", spoil(f"{kind}/diffstill-trainjob", lambda it, group=group: it["subjects"].append({"kind": "Group", "name": group})))
+        for kind in ("RoleBinding", "ClusterRoleBinding")
+        for group in ("system:authenticated", "system:unauthenticated")
+    ),
+    ("bound_to_us", spoil("RoleBinding/diffstill-pipeline", lambda it: it["subjects"][0].update(name="default"))),
+    ("bound_to_us", spoil("RoleBinding/diffstill-pipeline", lambda it: it["roleRef"].update(kind="ClusterRole", name="cluster-admin"))),
     ("closed", drop("NetworkPolicy/default-deny")),
     ("closed", spoil("NetworkPolicy/default-deny", lambda it: it["spec"].update(policyTypes=["Ingress"]))),
     ("closed", spoil("NetworkPolicy/default-deny", lambda it: it["spec"].update(ingress=[{}]))),
@@ -236,6 +330,24 @@ SPOILED = [
     ("no_idle_token", spoil("ServiceAccount/mlflow", lambda it: it.pop("automountServiceAccountToken"))),
     ("no_idle_token", spoil("Job/buckets", lambda it: pod_of(it).pop("automountServiceAccountToken"))),
     ("survives_drains", drop("PodDisruptionBudget/mlflow")),
+    *(
+        ("survives_drains", budget(**spec))
+        for spec in ({"maxUnavailable": 0}, {"maxUnavailable": "0%"}, {"minAvailable": 1}, {"minAvailable": "50%"}, {"minAvailable": "100%"})
+    ),
+    (
+        "survives_drains",
+        lambda objects: objects.append(put(next(it for it in objects if it["kind"] == "PodDisruptionBudget"), "metadata/name", "two")),
+    ),
+    *(
+        ("has_room", spoil("ResourceQuota/diffstill", lambda it, short=short: it["spec"]["hard"].update(short)))
+        for short in (
+            {"pods": "4"},
+            {"requests.cpu": "100m"},
+            {"limits.memory": "2Gi"},
+            {"requests.storage": "20Gi"},
+            {"persistentvolumeclaims": "3"},
+        )
+    ),
     ("restricted", spoil("Namespace/diffstill", lambda it: it["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "baseline"}))),
     ("labelled", spoil("Service/mlflow", lambda it: it["metadata"].pop("labels"))),
     ("labelled", spoil("Job/buckets", lambda it: it["spec"]["template"]["metadata"]["labels"].pop("app.kubernetes.io/name"))),
@@ -278,7 +390,51 @@ def test_the_server_is_called_by_names_that_it_answers_to():
     hosts = next(word for word in server["args"] if word.startswith("--allowed-hosts=")).partition("=")[2].split(",")
     uri = next(thing["data"]["mlflow-uri"] for thing in by_kind(objects, "ConfigMap"))
     assert uri.removeprefix("http://") in hosts
-    assert {"mlflow", "mlflow.diffstill.svc.cluster.local:5000", "10.*"} <= set(hosts)
+    assert {"mlflow", "mlflow.diffstill.svc.cluster.local:5000", "localhost:*"} <= set(hosts)
+
+
+def hosts():
+    """What MLflow answers to, as its own function takes it."""
+    found = []
+    hosts_of(next(thing for thing in overlay("kind") if name(thing) == "Deployment/mlflow"), found.append)
+    return found[0].split(",")
+
+
+@pytest.mark.parametrize(
+    "host", ["10.244.0.7:5000", "10.0.0.1:5000", "172.17.0.10:5000", "192.168.1.2:5000", "localhost:8000", "mlflow.diffstill:5000"]
+)
+def test_prometheus_and_people_are_let_in(host):
+    assert is_allowed_host_header(hosts(), host)
+
+
+@pytest.mark.parametrize("host", [*STRANGERS, "10.evil5.example.:5000", "10.244.0.7:50001", "10.evil.example:15000", "8.8.8.8:5000"])
+def test_a_name_that_a_stranger_leads_to_the_server_is_refused(host):
+    """DNS rebinding: a page in somebody's browser talks to MLflow under a name of its own."""
+    assert not is_allowed_host_header(hosts(), host)
+
+
+@pytest.mark.parametrize(
+    ("access", "secret", "empty"),
+    [
+        ("key", "hunter2", None),
+        ("", "hunter2", "access-key"),
+        ("key", "", "secret-key"),
+        (" ", "hunter2", "access-key"),
+        ("", "", "access-key, secret-key"),
+    ],
+)
+def test_an_s3_server_without_keys_does_not_start(access, secret, empty):
+    """SeaweedFS lets everybody in where it is given none."""
+    (pod,) = [pod for pod in pods(overlay("kind")) if pod.owner == "StatefulSet/s3"]
+    (check,), (server,) = pod.spec["initContainers"], pod.spec["containers"]
+    wanted = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    assert check["env"] == [variable for variable in server["env"] if variable["name"] in wanted]
+    assert check["command"] == ["python", "-c"]
+    given = dict(zip(wanted, (access, secret), strict=True))
+    done = subprocess.run([sys.executable, "-I", "-c", *check["args"]], env=given, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (0 if empty is None else 1), done.stderr
+    told = f"empty in secret diffstill-s3: {empty}; write them into infra/kubernetes/secrets/s3.env, then kubectl apply -k infra/kubernetes/secrets\n"
+    assert done.stderr == ("" if empty is None else told)
 
 
 def test_the_services_are_those_of_the_local_stack():
@@ -337,20 +493,11 @@ def test_who_need_not_talk_cannot(source, target, port):
     assert not may_talk([*overlay("kind"), *overlay("standalone")], source, target, port)
 
 
-@pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS)])
-def test_nobody_reaches_the_metadata_service_of_the_cloud(folder):
-    """It hands out the credentials of the node."""
-    for policy in by_kind(rendered(KUBERNETES / folder), "NetworkPolicy"):
-        for peer in (each for rule in policy["spec"].get("egress", []) for each in rule["to"]):
-            if peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0":
-                assert peer["ipBlock"]["except"] == ["169.254.169.254/32"], name(policy)
-
-
 # --- settings of the pipeline -------------------------------------------------------------------------------------
 
 
 def test_every_overlay_that_runs_are_sent_to_has_settings():
-    assert [one for one in OVERLAYS if one != "standalone"] == SETTINGS
+    assert [one for one in OURS if one != "standalone"] == [one for one in SETTINGS if one != "mine"]
 
 
 @pytest.mark.parametrize("overlay", SETTINGS)
@@ -371,13 +518,37 @@ def test_the_settings_of_an_overlay_name_what_is_there(overlay, secrets, tmp_pat
     assert {(kind, one) for kind, one in wanted if one} <= there
     assert settings.cluster.namespace in (None, "diffstill")
     quota = next(thing["spec"]["hard"] for thing in by_kind(objects, "ResourceQuota"))
-    gpus = max(each.gpus for each in infra.resources.values()) * (infra.trainjob.nodes if infra.trainjob else 1)
-    assert gpus <= int(quota.get("requests.nvidia.com/gpu", "0"))
+    assert list(has_room(objects, one_run(settings))) == []
+    assert {"requests.cpu", "limits.memory", "pods", "requests.storage"} <= set(quota)
+    assert ("requests.nvidia.com/gpu" in quota) == any(each.gpus for each in infra.resources.values())
+
+
+def one_run(settings):
+    """The most of each that tasks of a run take at once: shards and nodes are beside each other, stages one after the other."""
+    infra, most = settings.infra, {}
+    copies = {"encode": settings.shards.encode, "sample": settings.shards.sample, "finetune": infra.trainjob.nodes if infra.trainjob else 1}
+    for task, each in infra.resources.items():
+        amounts = {"pods": 1, "requests.cpu": each.cpu, "limits.cpu": each.cpu, "requests.memory": each.memory, "limits.memory": each.memory}
+        for what, much in (amounts | {"requests.nvidia.com/gpu": each.gpus}).items():
+            most[what] = max(most.get(what, 0), copies.get(task, 1) * parse_quantity(much or 0))
+    return most
+
+
+@pytest.mark.parametrize(
+    ("what", "much"), [("requests.nvidia.com/gpu", "7"), ("requests.cpu", "64"), ("limits.cpu", "65"), ("limits.memory", "512Gi"), ("pods", "5")]
+)
+def test_a_quota_without_room_for_a_run_is_seen(what, much):
+    objects = overlay("multinode")
+    run = one_run(load_settings(KUBERNETES / "overlays" / "multinode" / "settings.yaml"))
+    assert list(has_room(objects, run)) == []
+    by_kind(objects, "ResourceQuota")[0]["spec"]["hard"][what] = much
+    (said,) = has_room(objects, run)
+    assert said.startswith(f"ResourceQuota/diffstill allows {much} of {what}, but ")
 
 
 def test_gpu_tasks_go_where_the_runtime_class_sends_pods():
     (gpu,) = by_kind(overlay("gpu"), "RuntimeClass")
-    for one in (one for one in SETTINGS if one != "kind"):
+    for one in (one for one in SETTINGS if one not in ("kind", "mine")):
         for task, resources in load_settings(KUBERNETES / "overlays" / one / "settings.yaml").infra.resources.items():
             if resources.gpus:
                 assert resources.node_selector == gpu["scheduling"]["nodeSelector"], (one, task)

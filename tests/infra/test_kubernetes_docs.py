@@ -26,7 +26,7 @@ ELSEWHERE = (
     'kubectl apply -k "github.com/kubeflow/pipelines/manifests/kustomize/env/platform-agnostic?ref=2.17.0"',
 )
 """Commands that are nothing but a call to Docker, kind or the network: not run."""
-ASKING = ("wait", "rollout", "get", "port-forward", "scale", "diff")
+ASKING = ("wait", "rollout", "get", "port-forward", "scale", "diff", "exec")
 """Of kubectl, that talk to a cluster and send no object of ours; `diff` renders a folder first."""
 
 
@@ -49,7 +49,10 @@ PAGES = {
     "README": README.read_text(),
     "A cluster": section("A cluster"),
     "Upgrade": section("Upgrade"),
+    "Rotate credentials": section("Rotate credentials").partition("**On a cluster**")[2],
 }
+PUSHED = re.compile(r"^kubectl (?:apply|diff) -k (infra/kubernetes/\S+)", re.MULTILINE)
+"""Folders of ours that a page sends."""
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +85,10 @@ def sent(checkout, folder):
 
 
 def made(checkout, words):
-    """What `kubectl create` would send."""
-    (thing,) = list(yaml.safe_load_all(ran(checkout, kubectl(), *words[1:], "--dry-run=client", "--output=yaml")))
+    """What `kubectl create` would send, or prints for the `kubectl apply` behind it."""
+    create, _bar, apply = shlex.join(words).partition(" '|' ")
+    assert apply in ("", "kubectl apply -f -"), apply
+    (thing,) = list(yaml.safe_load_all(ran(checkout, kubectl(), *shlex.split(create)[1:], "--dry-run=client", "--output=yaml")))
     del thing["metadata"]["creationTimestamp"]  # null, as kubectl prints it
     assert refused(thing) == []
     return [thing]
@@ -110,6 +115,8 @@ def perform(line, checkout, monkeypatch, tmp_path):
             assert sent(checkout, folder)
         case ["kubectl", "create", *_]:
             assert made(checkout, words)
+        case ["kubectl", "delete", "job", job]:
+            assert ("Job", job) in {(thing["kind"], thing["metadata"]["name"]) for thing in sent(checkout, "infra/kubernetes/overlays/kind")}
         case ["kubectl", verb, *_] if verb in ASKING:
             ran(checkout, kubectl(), verb, "--help")
             if verb == "diff":
@@ -128,6 +135,8 @@ def perform(line, checkout, monkeypatch, tmp_path):
 def test_every_command_of_the_page_goes_as_far_as_it_can(page, checkout, monkeypatch, tmp_path):
     lines = commands(PAGES[page])
     assert len(lines) > 5
+    if page == "Rotate credentials":  # whose secrets have been made before
+        lines = [line for line in commands(PAGES["A cluster"]) if line.startswith("cp ")] + lines
     for line in lines:
         perform(line, checkout, monkeypatch, tmp_path)
 
@@ -140,6 +149,27 @@ def test_the_pages_send_all_that_a_run_needs():
     assert set(ELSEWHERE) <= {*lines, *commands(PAGES["front page"])}
 
 
+def test_no_page_sends_an_image_of_ours_without_a_registry(checkout):
+    """A cluster would look for it at Docker Hub; only kind is given images by hand."""
+    pages = (FRONT, README, OPERATIONS, ROOT / "docs" / "kubeflow.md")
+    folders = {folder for page in pages for folder in PUSHED.findall(page.read_text())} - {
+        "infra/kubernetes/secrets",
+        "infra/kubernetes/external-secrets",
+    }
+    assert {"infra/kubernetes/overlays/kind", "infra/kubernetes/overlays/mine"} <= folders
+    bare = {folder for folder in folders if re.search(r"image: diffstill\b", ran(checkout, kubectl(), "kustomize", folder))}
+    assert bare == {"infra/kubernetes/overlays/kind"}
+    for page in (PAGES["front page"], PAGES["A cluster"], PAGES["Upgrade"]):
+        assert set(PUSHED.findall(page)) - {"infra/kubernetes/secrets"} == {"infra/kubernetes/overlays/mine"}
+
+
+def test_rotated_keys_reach_every_secret_with_them():
+    made = [line for line in commands(PAGES["README"]) if " create secret " in line]
+    again = [line for line in commands(PAGES["Rotate credentials"]) if " create secret " in line]
+    assert len(made) == 1
+    assert [line.partition(" --dry-run=client -o yaml | kubectl apply -f -")[0] for line in again] == made
+
+
 def test_an_overlay_of_ones_own_names_images_by_digest(checkout):
     objects = sent(checkout, "infra/kubernetes/overlays/mine")
     (server,) = by_kind(objects, "Deployment")
@@ -150,14 +180,21 @@ def test_an_overlay_of_ones_own_names_images_by_digest(checkout):
     assert {"LocalQueue", "ClusterTrainingRuntime"} <= {thing["kind"] for thing in objects}
 
 
-@pytest.mark.parametrize("line", ["kubectl delete namespace diffstill", "helm install kueue", "kubectl annotate pod x y=z"])
+@pytest.mark.parametrize(
+    "line", ["kubectl delete namespace diffstill", "kubectl delete pod buckets", "helm install kueue", "kubectl annotate pod x y=z"]
+)
 def test_a_command_that_nobody_thought_of_fails(line, checkout, monkeypatch, tmp_path):
     with pytest.raises(pytest.fail.Exception, match="no test knows the command"):
         perform(line, checkout, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "line", ["kubectl apply -k infra/kubernetes/overlays/none", "kubectl -n kubeflow create secret generic diffstill-s3 --from-env-file=none.env"]
+    "line",
+    [
+        "kubectl apply -k infra/kubernetes/overlays/none",
+        "kubectl -n kubeflow create secret generic diffstill-s3 --from-env-file=none.env",
+        "kubectl delete job none",
+    ],
 )
 def test_a_command_that_cannot_work_fails(line, checkout, monkeypatch, tmp_path):
     with pytest.raises(AssertionError):

@@ -25,7 +25,8 @@ def granted(objects, account=ACCOUNT):
     """By role: group, resource, verb and name (None: any) of what an account may do."""
     found = {}
     for binding in (*by_kind(objects, "RoleBinding"), *by_kind(objects, "ClusterRoleBinding")):
-        if account in binding["subjects"]:
+        if account["name"] in {subject["name"] for subject in binding["subjects"]}:
+            assert binding["subjects"] == [account], "nobody else has them"
             kind, name = binding["roleRef"]["kind"], binding["roleRef"]["name"]
             (role,) = [one for one in by_kind(objects, kind) if one["metadata"]["name"] == name]
             found[kind, name] = {
@@ -84,3 +85,11 @@ def test_a_right_too_many_is_seen():
     (role,) = [one for one in by_kind(objects, "Role") if one["metadata"]["name"] == "diffstill-trainjob"]
     role["rules"][0]["verbs"].append("update")
     assert ("trainer.kubeflow.org", "trainjobs", "update", None) in granted(objects)["Role", "diffstill-trainjob"]
+
+
+@pytest.mark.parametrize("group", ["system:authenticated", "system:unauthenticated"])
+def test_a_subject_too_many_is_seen(group):
+    objects = rendered(KUBERNETES / "base")
+    by_kind(objects, "ClusterRoleBinding")[0]["subjects"].append({"kind": "Group", "name": group})
+    with pytest.raises(AssertionError, match="nobody else has them"):
+        granted(objects)

@@ -131,8 +131,9 @@ def test_the_server_answers_to_the_names_of_its_service(server, host):
     assert asked(server, SEARCH, host)[0] == 200
 
 
-def test_the_server_answers_to_no_other_name(server):
-    status, said = asked(server, SEARCH, "evil.example")
+@pytest.mark.parametrize("host", ["evil.example", "10.evil.example:5000", "192.168.evil.example"])
+def test_the_server_answers_to_no_other_name(server, host):
+    status, said = asked(server, SEARCH, host)
     assert status == 403
     assert "Invalid Host" in said
 
