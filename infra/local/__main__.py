@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from diffstill.errors import DiffstillError
 from infra.local import backup
 from infra.local.compose import ComposeStack
 from infra.local.native import NativeStack
-from infra.local.settings import FILE, read_settings, settings_at, write_settings
+from infra.local.processes import claim, private
+from infra.local.settings import FILE, Settings, fresh_settings, read_settings, settings_at, write_settings
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / "build" / "stack"
@@ -44,10 +46,14 @@ class Place:
             return "native"
         return "compose"
 
-    def stack(self, engine: str | None = None) -> NativeStack | ComposeStack:
+    @property
+    def known(self) -> Settings:
+        """The settings, or any where there is no file: to look at a stack and to end it takes none."""
+        return read_settings(self.path) if self.path.exists() else fresh_settings()
+
+    def stack(self, settings: Settings, engine: str | None = None) -> NativeStack | ComposeStack:
         """The stack that is there."""
         engine = engine or (self.chosen.read_text(encoding="utf-8").strip() if self.chosen.exists() else "native")
-        settings = settings_at(self.path)
         return ComposeStack(self.path, settings) if engine == "compose" else NativeStack(self.state, settings)
 
 
@@ -59,8 +65,14 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DiffstillError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            told, code = str(error), error.exit_code
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            told, code = f"{place}{error.strerror or error}; make the place writable with room on its disk, or name another", 2
+        click.echo(f"error: {told}", err=True)
+        raise click.exceptions.Exit(code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
@@ -81,11 +93,12 @@ def main(context: click.Context, state: Path, settings: Path) -> None:
 @click.pass_obj
 def up(place: Place, engine: str) -> None:
     """Bring the stack up, as its settings say; twice is harmless."""
+    claim(place.state)
     engine = place.choose(engine)
-    stack = place.stack(engine)
+    stack = place.stack(settings_at(place.path), engine)
     stack.up()
-    place.state.mkdir(parents=True, exist_ok=True)
-    place.chosen.write_text(f"{engine}\n", encoding="utf-8")
+    with os.fdopen(private(place.chosen), "w", encoding="utf-8") as out:
+        out.write(f"{engine}\n")
     tell(place, stack)
 
 
@@ -94,7 +107,7 @@ def up(place: Place, engine: str) -> None:
 @click.pass_obj
 def down(place: Place, delete_data: bool) -> None:
     """End the stack; its data stay."""
-    place.stack().down(delete_data=delete_data)
+    place.stack(place.known).down(delete_data=delete_data)
     if delete_data:
         place.chosen.unlink(missing_ok=True)
 
@@ -103,7 +116,7 @@ def down(place: Place, delete_data: bool) -> None:
 @click.pass_obj
 def status(place: Place) -> None:
     """Which roles run; exit code 1 unless all do."""
-    roles = place.stack().status()
+    roles = place.stack(place.known).status()
     for role, runs in roles.items():
         click.echo(f"{role:<10}{'runs' if runs else 'down'}")
     if not all(roles.values()):
@@ -123,7 +136,7 @@ def env(place: Place) -> None:
 @click.pass_obj
 def back_up(place: Place, to: Path) -> None:
     """Write the database and the buckets into the folder TO, which must not exist."""
-    files, size = backup.back_up(place.stack(), to.resolve())
+    files, size = backup.back_up(place.stack(read_settings(place.path)), to.resolve())
     click.echo(f"{to}: {files} files, {size / 2**20:.1f} MiB")
 
 
@@ -132,7 +145,7 @@ def back_up(place: Place, to: Path) -> None:
 @click.pass_obj
 def restore(place: Place, source: Path) -> None:
     """Put the backup in the folder FROM into the stack, which must be up and empty."""
-    backup.restore(place.stack(), source.resolve())
+    backup.restore(place.stack(read_settings(place.path)), source.resolve())
     click.echo(f"{source} is restored")
 
 
@@ -140,8 +153,9 @@ def restore(place: Place, source: Path) -> None:
 @click.pass_obj
 def rotate(place: Place) -> None:
     """Replace all passwords by new random ones; MLflow's server is away for some seconds."""
-    write_settings(read_settings(place.path).rotated(), place.path)
-    place.stack().up()
+    settings = read_settings(place.path).rotated()
+    write_settings(settings, place.path)
+    place.stack(settings).up()
     click.echo(f"{place.path} has the new passwords; give them to who has exported the old ones: {hint(place, 'env')}")
 
 

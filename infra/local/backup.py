@@ -52,16 +52,28 @@ def back_up(stack: Stack, folder: Path) -> tuple[int, int]:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a backup that was killed
     partial.mkdir(parents=True, mode=0o700)
+    try:
+        files = _write(stack, partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return len(files), sum((folder / name).stat().st_size for name in files)
+
+
+def _write(stack: Stack, partial: Path) -> list[str]:
+    """The names of what was written, but for the sums."""
     with (partial / DUMP).open("wb") as out:
         stack.database("pg_dump", "--format=custom", "--no-owner", "mlflow", stdout=out)
     for bucket in BUCKETS:
         (partial / bucket).mkdir()
         _rclone(stack.settings, "copy", f"stack:{bucket}", str(partial / bucket))
     files = list(_files(partial))
-    (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in files), encoding="utf-8")
+    if broken := next((name for name in files if name.splitlines() != [name]), None):
+        raise DiffstillError(f"{broken!r}: a line break in the name of an object, which {SUMS} cannot hold; rename or delete the object")
+    (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in files), encoding="utf-8", errors="surrogateescape")
     os.sync()
-    partial.rename(folder)
-    return len(files), sum((folder / name).stat().st_size for name in files)
+    return files
 
 
 def restore(stack: Stack, folder: Path) -> None:
@@ -81,7 +93,8 @@ def refuse_damaged(folder: Path) -> None:
     """Raise `DiffstillError` if `folder` is no whole backup, naming the file."""
     if not (folder / SUMS).is_file():
         raise DiffstillError(f"{folder}: has no {SUMS}, so it is no whole backup; name a folder that a backup has written to its end")
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())}
+    text = (folder / SUMS).read_text(encoding="utf-8", errors="surrogateescape")
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     there = set(_files(folder))
     for name in sorted(sums.keys() | there):
         if name not in sums or name not in there or _sha256(folder / name) != sums[name]:

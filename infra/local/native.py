@@ -24,7 +24,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from diffstill.errors import DiffstillError
-from infra.local.processes import Processes, Role, as_user, called, listens, surroundings
+from infra.local.processes import PATIENCE, Processes, Role, as_user, called, claim, is_occupied, listens, surroundings
 from infra.local.settings import BUCKETS, Settings
 
 ROLES = ("postgres", "ceph-mon", "ceph-osd", "radosgw", "mlflow")
@@ -190,24 +190,16 @@ class Ceph:
         return ("radosgw", "-f", "-n", "client.rgw", "-c", str(self.settings), "--rgw-frontends", front)
 
     def set_account(self, name: str, key: str, secret: str) -> None:
-        """See that the account exists and has this key and no other."""
-        keys = self._keys(name)
-        given = (f"--uid={name}", f"--access-key={key}", f"--secret={secret}")
-        if keys is None:
-            self._administer("user", "create", f"--display-name={name}", *given)
-        elif keys.get(key) != secret:
-            self._administer("key", "create", "--key-type=s3", *given)
-        for other in set(keys or {}) - {key}:
-            self._administer("key", "rm", "--key-type=s3", f"--uid={name}", f"--access-key={other}")
-
-    def _keys(self, name: str) -> dict[str, str] | None:
-        """The keys of an account with their secrets; None if there is no such account."""
+        """See that the account exists and has this key and no other. The secret goes through a pipe, where no other user sees it."""
         if name not in json.loads(self._administer("user", "list")):
-            return None
-        return {one["access_key"]: one["secret_key"] for one in json.loads(self._administer("user", "info", f"--uid={name}"))["keys"]}
+            self._administer("user", "create", f"--uid={name}", f"--display-name={name}")
+        account = json.loads(self._administer("metadata", "get", f"user:{name}"))
+        if [(one["access_key"], one["secret_key"]) for one in account["data"]["keys"]] != [(key, secret)]:
+            account["data"]["keys"] = [{"user": name, "access_key": key, "secret_key": secret}]
+            self._administer("metadata", "put", f"user:{name}", given=json.dumps(account))
 
-    def _administer(self, *words: str) -> str:
-        return called("radosgw-admin", "-c", self.settings, *words)
+    def _administer(self, *words: str, given: str | None = None) -> str:
+        return called("radosgw-admin", "-c", self.settings, *words, given=given, timeout=PATIENCE)
 
 
 # --- the stack --------------------------------------------------------------------------------------------------------
@@ -243,6 +235,8 @@ class NativeStack:
         with self._alone():
             before = {role for role in ROLES if self.processes.find(role)}
             try:
+                for role, ports in self._ports.items():
+                    self.processes.refuse_taken(role, ports)
                 self._bring_up()
             except BaseException:
                 self._stop(*(role for role in ROLES if role not in before))
@@ -250,11 +244,13 @@ class NativeStack:
 
     def down(self, *, delete_data: bool = False) -> None:
         """End all processes; the data stay, unless they are to be deleted."""
+        if not is_occupied(self.folder):
+            return
         with self._alone():
             self._stop(*ROLES)
             if delete_data:
                 for name in ("postgres", "ceph"):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                    self._delete(name)
 
     def status(self) -> dict[str, bool]:
         """Which roles run."""
@@ -276,6 +272,17 @@ class NativeStack:
             finally:
                 self._start_mlflow()
 
+    @property
+    def _ports(self) -> dict[str, dict[str, int]]:
+        """Those of each role, by the names of their settings."""
+        ceph, settings = self.ceph, self.settings
+        return {
+            "postgres": {"POSTGRES_PORT": settings.postgres_port},
+            "ceph-mon": {"CEPH_PORT": ceph.monitor if (ceph.folder / "whole").exists() else settings.ceph_port},
+            "radosgw": {"S3_PORT": settings.s3_port},
+            "mlflow": {"MLFLOW_PORT": settings.mlflow_port},
+        }
+
     def _bring_up(self) -> None:
         self._start_postgres()
         self._start_ceph()
@@ -283,7 +290,7 @@ class NativeStack:
         self._start_mlflow()
 
     def _start_postgres(self) -> None:
-        postgres, ports = self.postgres, {"POSTGRES_PORT": self.settings.postgres_port}
+        postgres, ports = self.postgres, self._ports["postgres"]
         with self._made_once("postgres", "postgres") as fresh:
             if fresh:
                 self._refuse_closed_folder(postgres.user)
@@ -301,8 +308,9 @@ class NativeStack:
             self.processes.start(Role("ceph-mon", ceph.monitor_command, lambda: listens(monitor), {"CEPH_PORT": monitor}))
             if fresh:
                 ceph.make_store()
-        self.processes.start(Role("ceph-osd", ceph.store_command, lambda: True))
-        self.processes.start(Role("radosgw", ceph.gateway_command, lambda: listens(settings.s3_port), {"S3_PORT": settings.s3_port}))
+        self.processes.start(Role("ceph-osd", ceph.store_command, lambda: True))  # it has no port of its own; the gateway waits for it
+        needs = ("ceph-mon", "ceph-osd")
+        self.processes.start(Role("radosgw", ceph.gateway_command, lambda: listens(settings.s3_port), self._ports["radosgw"], needs=needs))
         ceph.set_account(ACCOUNT, settings.s3_access_key, settings.s3_secret_key)
 
     def _start_mlflow(self) -> None:
@@ -316,9 +324,13 @@ class NativeStack:
             yield False
             return
         self._stop(*roles)
-        shutil.rmtree(folder, ignore_errors=True)
+        self._delete(name)
         yield True
         (folder / "whole").touch()
+
+    def _delete(self, name: str) -> None:
+        if (self.folder / name).exists():
+            shutil.rmtree(self.folder / name)
 
     def _refuse_closed_folder(self, user: str | None) -> None:
         if user and subprocess.run(["test", "-x", self.folder], check=False, **as_user(user)).returncode:
@@ -331,9 +343,9 @@ class NativeStack:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self.folder)
         try:
-            with FileLock(self.folder / "lock", timeout=0):
+            with FileLock(self.folder / "lock", timeout=0, mode=0o600):
                 yield
         except Timeout as error:
             raise DiffstillError(f"{self.folder}: another command is at work on this stack; wait for its end") from error

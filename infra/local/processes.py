@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,10 @@ import psutil
 
 from diffstill.errors import DiffstillError
 
+MARK = ".diffstill-stack"
+"""Lies in each folder that is ours."""
+ROOM = 256 * 2**20
+"""Bytes on the disk under which that may be why a server does not start."""
 PATIENCE = 120.0
 """Seconds in which a server must answer, and in which it must end."""
 
@@ -34,6 +39,8 @@ class Role:
     ports: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
+    needs: tuple[str, ...] = ()
+    """Without which it never answers."""
     scratch: Path | None = None
     """A folder that a server before it must have left nothing in."""
     end: signal.Signals = signal.SIGTERM
@@ -53,7 +60,12 @@ def listens(port: int) -> bool:
 def called(*command: object, given: str | None = None, **options: Any) -> str:
     """What a program prints that must succeed. Raises `DiffstillError` with the last lines of what it complains about."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, input=given, text=True, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+    try:
+        done = subprocess.run(words, input=given, text=True, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+    except FileNotFoundError as error:
+        raise DiffstillError(f"{error.filename}: not there; install it") from error
+    except subprocess.TimeoutExpired as error:
+        raise DiffstillError(f"{Path(words[0]).name} did not end within {error.timeout:.0f} s; the servers that it asks are stuck") from error
     if done.returncode:
         last = (done.stderr or done.stdout or "").strip().splitlines()[-3:] or [f"exit code {done.returncode}"]
         raise DiffstillError(f"{Path(words[0]).name} failed: {' / '.join(last)}")
@@ -63,6 +75,25 @@ def called(*command: object, given: str | None = None, **options: Any) -> str:
 def as_user(user: str | None) -> dict[str, Any]:
     """Options of `subprocess` for a process of that user; None is who we are."""
     return {"user": user, "group": user, "extra_groups": []} if user else {}
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether something lies in it."""
+    return folder.exists() and any(folder.iterdir())
+
+
+def claim(folder: Path) -> None:
+    """Make a folder, or take an empty one, as ours. Raises `DiffstillError` if another's things lie there: of ours, what is in the way is deleted."""
+    if is_occupied(folder) and not (folder / MARK).exists():
+        raise DiffstillError(f"{folder}: holds what is not of this stack (it has no {MARK}); name an empty or a new folder with --state")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch(mode=0o600)
+
+
+def private(path: Path) -> int:
+    """A new file in the place of any old one, which its owner alone may read, to be written."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 @dataclass(frozen=True)
@@ -92,14 +123,11 @@ class Processes:
         """Have the role run as it should and answer. Raises `DiffstillError` naming a port that is taken, or what the server says."""
         if self.is_current(role):
             return self._wait(role)
-        ours = self._record(role.name)["ports"] if self.find(role.name) else []
-        for variable, port in role.ports.items():
-            if listens(port) and port not in ours:
-                raise DiffstillError(f"port {port} of {role.name} is taken by another program; end that, or set {variable} to a free port")
+        self.refuse_taken(role.name, role.ports)
         self.stop(role.name)
         if role.scratch:
             shutil.rmtree(role.scratch, ignore_errors=True)
-        with self.log(role.name).open("wb") as out:
+        with os.fdopen(private(self.log(role.name)), "wb") as out:
             process = subprocess.Popen(
                 role.command,
                 stdin=subprocess.DEVNULL,
@@ -108,32 +136,77 @@ class Processes:
                 env=surroundings() | dict(role.environment),
                 cwd=self.folder,
                 start_new_session=True,
+                umask=0o077,
                 **as_user(role.user),
             )
         created = psutil.Process(process.pid).create_time()
         record = {"pid": process.pid, "created": created, "digest": role.digest, "end": role.end, "ports": [*role.ports.values()]}
-        self._path(role.name).write_text(json.dumps(record), encoding="utf-8")
+        with os.fdopen(private(self._path(role.name)), "w", encoding="utf-8") as out:
+            json.dump(record, out)
         return self._wait(role)
+
+    def refuse_taken(self, name: str, ports: Mapping[str, int]) -> None:
+        """Raise `DiffstillError` naming a port that another program has; `ports` are by the names of their settings."""
+        ours = self._record(name)["ports"] if self.family(name) else []
+        for variable, port in ports.items():
+            if listens(port) and port not in ours:
+                raise DiffstillError(f"port {port} of {name} is taken by another program; end that, or set {variable} to a free port")
 
     def stop(self, name: str) -> None:
         """End the role with all its children, if it runs."""
-        if process := self.find(name):
-            family = [process, *process.children(recursive=True)]
-            process.send_signal(self._record(name)["end"])
-            until(lambda: not any(map(_lives, family)))
-            for one in family:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+        leader, family = self.find(name), self.family(name)
+        if leader:
+            with suppress(psutil.NoSuchProcess):
+                leader.send_signal(self._record(name)["end"])
+            until(lambda: not _lives(leader))
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+        until(lambda: not any(map(_lives, family)))
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         self._path(name).unlink(missing_ok=True)
 
+    def family(self, name: str) -> list[psutil.Process]:
+        """The running process of a role and those that come from it; these may outlive it."""
+        leader = self.find(name)
+        family = {leader, *leader.children(recursive=True)} if leader else set()
+        with suppress(OSError, ValueError):
+            record = self._record(name)
+            family |= {one for one in psutil.process_iter() if self._came_from(one, record)}
+        return list(family)
+
+    def _came_from(self, process: psutil.Process, record: Mapping[str, Any]) -> bool:
+        """Whether it is of the session of the recorded process, and not of a later one with the same number: ours work in our folder."""
+        with suppress(OSError, psutil.Error):
+            ours = os.getsid(process.pid) == record["pid"] and process.create_time() > record["created"] - 1
+            return ours and _lives(process) and Path(process.cwd()).is_relative_to(self.folder)
+        return False
+
     def _wait(self, role: Role) -> None:
-        if not until(lambda: role.answers() or self.find(role.name) is None) or self.find(role.name) is None:
-            raise DiffstillError(f"{role.name} does not start: {self.last_words(role.name)} (more in {self.log(role.name)})")
+        """Until it answers, while it and what it needs live."""
+        names = (*role.needs, role.name)
+
+        def dead() -> str | None:
+            return next((name for name in names if self.find(name) is None), None)
+
+        answered = until(lambda: dead() is not None or role.answers())
+        if (name := dead()) or not answered:
+            name = name or role.name
+            raise DiffstillError(f"{name} does not start: {self.last_words(name)} (more in {self.log(name)}{self._room()})")
 
     def last_words(self, name: str) -> str:
-        """The end of its log on one line."""
-        lines = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log(name).exists() else []
-        return " / ".join(lines[-2:]) or "it says nothing"
+        """The end of its log on one line, of the lines that tell an error, if any does."""
+        text = self.log(name).read_text(encoding="utf-8", errors="replace") if self.log(name).exists() else ""
+        lines = [line.strip()[:300] for line in text.splitlines() if line.strip()]
+        told = [line for line in lines if re.search("error:|no space left|storage space|abort", line, re.IGNORECASE)]
+        return " / ".join((told or lines)[-2:]) or "it says nothing"
+
+    def _room(self) -> str:
+        """A word on the disk when it is nearly full: servers cannot even complain then."""
+        free = shutil.disk_usage(self.folder).free
+        return f"; {free / 2**20:.0f} MiB are free there" if free < ROOM else ""
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.pid"

@@ -68,19 +68,42 @@ def fresh_settings() -> Settings:
 
 def read_settings(path: Path) -> Settings:
     """The settings in a file. Raises `DiffstillError` naming the line or what is missing."""
-    given = {name: value for name, value in _pairs(path) if name in {field.name for field in fields(Settings)}}
+    return _parsed(path, _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DiffstillError(f"{path}: no such settings file; bring the stack up first, which makes it: make stack") from error
+    except UnicodeDecodeError as error:
+        raise DiffstillError(f"{path}: not UTF-8; write it anew as {EXAMPLE.name} of infra/local shows") from error
+
+
+def _parsed(path: Path, text: str) -> Settings:
+    given = {name: value for name, value in _pairs(path, text) if name in {field.name for field in fields(Settings)}}
     if missing := [name.upper() for name in SECRETS if not given.get(name)]:
         raise DiffstillError(f"{path}: {', '.join(missing)} not set; fill in a password each, or remove the file: it is then made with random ones")
     ports = {name: _port(path, name, value) for name, value in given.items() if name.endswith("_port")}
-    if len(set(ports.values())) < len(ports):
-        raise DiffstillError(f"{path}: two ports are equal; give each role its own")
-    return Settings(given["postgres_password"], given["s3_access_key"], given["s3_secret_key"], **ports)
+    settings = Settings(given["postgres_password"], given["s3_access_key"], given["s3_secret_key"], **ports)
+    _refuse_equal_ports(path, settings)
+    return settings
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
+def _refuse_equal_ports(path: Path, settings: Settings) -> None:
+    """Also with one that the file does not give."""
+    names: dict[int, list[str]] = {}
+    for name, value in asdict(settings).items():
+        if name.endswith("_port"):
+            names.setdefault(value, []).append(name.upper())
+    if equal := next((port for port in names if len(names[port]) > 1), None):
+        raise DiffstillError(f"{path}: two ports are equal: {' and '.join(names[equal])} are {equal}; give each role its own")
+
+
+def _pairs(path: Path, text: str) -> list[tuple[str, str]]:
     """Names in lower case, and values."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         found = re.fullmatch(r"([A-Z0-9_]+)=([A-Za-z0-9_-]*)", line.strip())
         if found:
             pairs.append((found[1].lower(), found[2]))
@@ -97,9 +120,11 @@ def _port(path: Path, name: str, value: str) -> int:
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Fill in the file, or the example where there is none yet; other lines stay. Only its owner may read it."""
-    text = (path if path.exists() else EXAMPLE).read_text(encoding="utf-8")
+    text = _text(path if path.exists() else EXAMPLE)
     for name, value in asdict(settings).items():
-        text = re.sub(rf"^{name.upper()}=.*$", f"{name.upper()}={value}", text, flags=re.MULTILINE)
+        text = re.sub(rf"^[ \t]*{name.upper()}=.*$", f"{name.upper()}={value}", text, flags=re.MULTILINE)
+    if _parsed(path, text) != settings:
+        raise DiffstillError(f"{path}: a value has no line of its own to be written to; give each a line NAME=")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.new")
     scratch.unlink(missing_ok=True)

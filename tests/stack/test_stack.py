@@ -233,6 +233,23 @@ def test_up_twice_is_harmless(place):
     assert None not in before.values()
 
 
+def test_a_killed_mlflow_leaves_no_server_behind(place):
+    """Its first process is killed; the one that answers goes on."""
+    before = place.pids()
+    os.kill(before["mlflow"], signal.SIGKILL)
+    assert listens(place.settings.mlflow_port)
+    assert "mlflow    down" in place.say("status", code=1)
+    place.say("up")
+    after = place.pids()
+    assert after.pop("mlflow") not in (None, before.pop("mlflow"))
+    assert after == before
+    os.kill(place.pids()["mlflow"], signal.SIGKILL)
+    place.say("down")
+    assert place.processes() == []
+    assert [port for port in place.ports if listens(port)] == []
+    place.say("up")
+
+
 def test_a_taken_port_is_one_message_and_what_ran_goes_on(place):
     before, pids = place.settings, place.pids()
     with socket.create_server(("127.0.0.1", 0)) as taken:
