@@ -331,7 +331,7 @@ def from_folder(location: str) -> Change:
 def test_a_folder_of_images_that_is_not_here_is_asked_for(tiny_chain, tmp_path):
     relative = forged(tiny_chain.artifacts, tmp_path / "relative", "images", from_folder("data/flowers"))
     told = refusal(relative, tmp_path / "anew")
-    assert "`prepare.location` was the folder 'data/flowers'" in told
+    assert "`prepare.location` was 'data/flowers'" in told
     assert "--data" in told
     absent = forged(tiny_chain.artifacts, tmp_path / "absent", "images", from_folder(str(tmp_path / "flowers")))
     assert "which is not here" in refusal(absent, tmp_path / "anew")
@@ -353,7 +353,7 @@ def test_images_that_lie_elsewhere_now_are_taken_from_there(tiny_chain, tmp_path
     real = open_artifact(tmp_path / "images", "images")
     forged(tiny_chain.artifacts, tmp_path / "first", "images", lambda raw: (raw.clear(), raw.update(json.loads(real.manifest.text()))))
     found = forged(tmp_path / "first", tmp_path / "second", "generator", from_folder("dit"))
-    assert "`pretrain.location` was the folder 'dit'" in refusal(found, tmp_path / "anew", data=str(tmp_path / "moved"))
+    assert "`pretrain.location` was 'dit'" in refusal(found, tmp_path / "anew", data=str(tmp_path / "moved"))
 
     (tmp_path / "dit").mkdir()
     told = refusal(found, tmp_path / "anew", data=str(tmp_path / "moved"), weights=str(tmp_path / "dit"))

@@ -17,6 +17,7 @@ from diffstill.artifacts import Kind
 from diffstill.cli import FLAGS, PATHS, SUMMARIES, main
 from diffstill.config import PRESETS, EvaluateConfig, Params, preset
 from diffstill.record import Record, ignore
+from diffstill.reproduce import reproduce
 from diffstill.run import STAGES, chain
 from diffstill.stages.publish import Registry
 
@@ -128,6 +129,11 @@ def two_students():
 
 EXPERIMENTS = {**{name: preset(name) for name in PRESETS}, "two students": two_students()}
 STEPS = [pytest.param(params, step, id=f"{name}: {step.name}") for name, params in EXPERIMENTS.items() for step in chain(params)]
+
+
+def test_what_lies_outside_can_be_named_when_a_set_is_made_anew():
+    places = {option for stage in STAGES.values() for option in stage.outside}
+    assert places == set(inspect.signature(reproduce).parameters) - {"found", "folder", "device"}
 
 
 @pytest.mark.parametrize("params", EXPERIMENTS.values(), ids=EXPERIMENTS)

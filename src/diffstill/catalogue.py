@@ -214,16 +214,18 @@ def compare(first: str, second: str, output: Path) -> None:
 @click.option("--folder", type=FOLDER, help="Scratch folder; the same one again goes on where it stopped. By default reproduce/<digest>.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")
 @click.option("--data", help="Where the raw images lie now, for sets made from a local folder.")
-@click.option("--weights", help="Where the imported generator lies now, for sets made from a local DiTPipeline folder.")
+@click.option("--weights", help="Where the imported generator lies now, for sets made from a local DiTPipeline folder or checkpoint.")
+@click.option("--autoencoder", help="Where the imported autoencoder lies now, for sets made with a local one.")
 @click.pass_context
-def reproduce(ctx: click.Context, ref: str, folder: Path | None, device: str, data: str | None, weights: str | None) -> None:
+def reproduce(ctx: click.Context, ref: str, folder: Path | None, device: str, data: str | None, weights: str | None, autoencoder: str | None) -> None:
     """Make a set anew from its own settings, code and data revision, until its digest matches; exit code 1 if it comes out different."""
     from diffstill import reproduce as reproducing
     from diffstill.registry import find
     from diffstill.run import resolve_device
 
     found = find(ref)
-    result = reproducing.reproduce(found, folder or Path("reproduce") / found.digest[:12], device=resolve_device(device), data=data, weights=weights)
+    places = {"data": data, "weights": weights, "autoencoder": autoencoder}
+    result = reproducing.reproduce(found, folder or Path("reproduce") / found.digest[:12], device=resolve_device(device), **places)
     click.echo(reproducing.text(result))
     ctx.exit(0 if result.matches else 1)
 

@@ -87,18 +87,21 @@ class Reproduction:
         return self.difference is None
 
 
-def reproduce(found: Found, folder: Path, *, device: str = "cpu", data: str | None = None, weights: str | None = None) -> Reproduction:
+def reproduce(
+    found: Found, folder: Path, *, device: str = "cpu", data: str | None = None, weights: str | None = None, autoencoder: str | None = None
+) -> Reproduction:
     """Make the set anew in `folder`, step by step, until the digests match or the first artifact differs.
 
     The code is that of the commit that the version names, checked out from the repository of the current folder or of the package; where it
     cannot be had, the installed one. That commit, and the environment that differences are explained by, are those of the process that published:
-    earlier steps may have run elsewhere. `data` and `weights` stand for `prepare.location` and `pretrain.location`, as a folder or a reference.
+    earlier steps may have run elsewhere. `data`, `weights` and `autoencoder` stand for `prepare.location`, `pretrain.location` and
+    `pretrain.autoencoder`, as a path or a reference.
     The same call goes on where an earlier one stopped; artifacts in `folder` that have their digests are left alone. Nothing goes to MLflow.
     Raises `DiffstillError` for what cannot be tried: raw data or weights that are not here, settings that the code does not know, another folder's content.
     """
     folder = folder.absolute()
     lineage = Lineage.of(open_artifact(found.folder(), "distilled"))
-    places = _places(found.ref, lineage, data, weights)
+    places = _places(found.ref, lineage, {"data": data, "weights": weights, "autoencoder": autoencoder})
     code = _claim(folder, found, _code(found))
     params = _write_params(folder / "params.yaml", found, lineage)
     if code.folder is None:
@@ -132,30 +135,29 @@ def _refuse_unknown(ref: str, params: Path, code: Code) -> None:
         ) from error
 
 
-def _places(ref: str, lineage: Lineage, data: str | None, weights: str | None) -> dict[str, Path]:
-    """Folders that stand for the `location` of a section, by the stage's name for them."""
+def _places(ref: str, lineage: Lineage, given: Mapping[str, str | None]) -> dict[str, Path]:
+    """What stands for the places that a section names, by the stage's name for them."""
     places = {}
     for one in lineage.artifacts:
         section = SECTIONS[one.manifest.kind]
-        for option in STAGES[section].outside:
-            given = {"data": data, "weights": weights}[option]
-            if place := _place(ref, section, option, one.manifest.config.get("location"), given):
+        for option, field in STAGES[section].outside.items():
+            if place := _place(ref, f"{section}.{field}", option, one.manifest.config.get(field), given[option]):
                 places[option] = place
     return places
 
 
-def _place(ref: str, section: str, option: str, location: str | None, given: str | None) -> Path | None:
+def _place(ref: str, field: str, option: str, location: str | None, given: str | None) -> Path | None:
     """Where `given` lies now; None where the stage finds what it needs by itself."""
     if given and (reference := parse(given)):
         return fetch(reference, cache_folder(), Listener()).folder
     if given:
-        if not Path(given).is_dir():
-            raise DiffstillError(f"--{option} {given}: no such folder; give the one that `{section}.location` {location!r} was")
+        if not Path(given).exists():
+            raise DiffstillError(f"--{option} {given}: no such folder or file; give the one that `{field}` {location!r} was")
         return Path(given).absolute()
-    if location is None or parse(location) or "://" in location or (Path(location).is_absolute() and Path(location).is_dir()):
+    if location is None or parse(location) or "://" in location or (Path(location).is_absolute() and Path(location).exists()):
         return None
     lies = "which is not here" if Path(location).is_absolute() else "relative to wherever that was"
-    raise DiffstillError(f"{ref}: `{section}.location` was the folder {location!r}, {lies}; say where the same files lie now with --{option}")
+    raise DiffstillError(f"{ref}: `{field}` was {location!r}, {lies}; say where the same files lie now with --{option}")
 
 
 # Code
