@@ -103,7 +103,7 @@ def test_the_gate_ends_a_task_with_3_and_without_it_the_card_is_shown(tiny_chain
     [
         ('{"side": 4}', "`side` is 4"),
         ('{"sides": 8}', "`sides` is not a knob"),
-        ('{"location": "/nowhere", "source": "folder"}', "error: /nowhere: is no folder"),
+        ('{"location": "/nowhere/at/all", "source": "folder"}', "error: /nowhere/at/all: is no folder"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path, capsys, config, message):
