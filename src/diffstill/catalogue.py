@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markdown import Markdown
 from rich.table import Table
 
@@ -331,7 +332,7 @@ def _print_garbage(survey: Any, outcomes: Any, asked: Sequence[Any], delete: boo
         click.echo(json.dumps(plain, indent=1, sort_keys=True))
         return
     rows = [
-        (one.place, str(one.files), collecting.shown_size(one.size), collecting.shown_time(one.idle), f"{one.why}{f': {outcome}' if delete else ''}")
+        (one.place, str(one.files), decimal(one.size), collecting.shown_time(one.idle), f"{one.why}{f': {outcome}' if delete else ''}")
         for one, outcome in told.items()
     ]
     if rows:

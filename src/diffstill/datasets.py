@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import joblib
@@ -279,7 +280,7 @@ def divide(
     assigned, training = origin.copy(), np.flatnonzero(origin == "train")
     training = training[np.argsort(labels[training], kind="stable")]
     starts = np.searchsorted(labels[training], np.arange(len(classes) + 1))
-    for name, start, stop in zip(classes, starts, starts[1:], strict=False):
+    for name, (start, stop) in zip(classes, pairwise(starts), strict=True):
         members = training[start:stop]
         _refuse_few(name, len(members), cuts)
         order = np.random.default_rng([config.seed, *os.fsencode(name)]).permutation(members)

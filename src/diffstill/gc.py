@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+from rich.filesize import decimal
 
 from diffstill import storage
 from diffstill.artifacts import MANIFEST, Kind, Manifest, WorkFolder, cache_folder, read_manifest, work_root
@@ -389,16 +390,6 @@ def _is_held(lock: Path | None) -> bool:
 # --- what is said of it -------------------------------------------------------------------------------------------------
 
 
-def shown_size(count: int) -> str:
-    """Bytes for people."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 def shown_time(idle: timedelta) -> str:
     """A time for people."""
     if idle == timedelta.max:
@@ -410,7 +401,7 @@ def shown_time(idle: timedelta) -> str:
 def summary(survey: Survey, gone: Sequence[Garbage], delete: bool) -> str:
     """What goes or is gone, and what stays for which reason."""
     count = f"{len(gone)} of {len(survey.garbage)}" if delete else str(len(gone))
-    size = shown_size(sum(one.size for one in gone))
+    size = decimal(sum(one.size for one in gone))
     told = f"{count} removed, {size}" if delete else f"dry run: {count} to remove, {size}; nothing was changed, --delete removes them"
     kept = ", ".join(f"{number} {reason}" for reason, number in sorted(survey.kept.items()))
     doubt = [f"in doubt: {survey.doubt}; --delete refuses"] if survey.doubt and not delete else []
