@@ -245,7 +245,9 @@ class EvaluateConfig(Section):
     baselines: Annotated[tuple[Literal["random", "full"], ...], Field(min_length=1), Each] = Field(
         ("random", "full"), description="random = random real images of the same size, full = the whole training split"
     )
-    random_seeds: Seeds = Field((0, 1, 2), description="draws of random real images; as many as generation seeds make a fair table")
+    random_seeds: Seeds = Field(
+        tuple(range(10)), description="draws of random real images, whatever the number of generation seeds; each costs students, but no generator"
+    )
     protocol: str = Field(
         "short-150", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table"
     )

@@ -26,6 +26,8 @@ SCORES = "scores.jsonl"
 SOURCE_NAMES: Mapping[Source, str] = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
 REAL: tuple[Source, ...] = ("random",)
 """Real images of the same number: what a distilled set must beat."""
+Column = tuple[Source, str, int | None]
+"""What the runs of one cell of a table share: source, student, images per class."""
 Accuracy = Field(ge=0.0, le=1.0)
 
 
@@ -91,7 +93,7 @@ class Run(BaseModel):
         return self
 
     @property
-    def column(self) -> tuple[str, str, int | None]:
+    def column(self) -> Column:
         """What the runs of one cell of the table share."""
         return self.source, self.student, self.images_per_class
 
@@ -152,9 +154,9 @@ def _refuse_gaps(runs: Sequence[Run]) -> None:
                 )
 
 
-def by_column(runs: Iterable[Run]) -> dict[tuple[str, str, int | None], list[Run]]:
+def by_column(runs: Iterable[Run]) -> dict[Column, list[Run]]:
     """Runs by source, student and images per class."""
-    groups: dict[tuple[str, str, int | None], list[Run]] = defaultdict(list)
+    groups: dict[Column, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.column].append(run)
     return dict(groups)
@@ -175,9 +177,7 @@ def table(runs: Sequence[Run]) -> list[Cell]:
     return [_cell(found, groups, means) for found in groups.values()]
 
 
-def _cell(
-    runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]], means: Mapping[tuple[str, str, int | None], float]
-) -> Cell:
+def _cell(runs: Sequence[Run], groups: Mapping[Column, Sequence[Run]], means: Mapping[Column, float]) -> Cell:
     source, student, size = runs[0].source, runs[0].student, runs[0].images_per_class
     tests = [run.accuracy_test for run in runs]
     validations = [run.accuracy_val for run in runs if run.accuracy_val is not None]
@@ -199,7 +199,7 @@ def _cell(
     )
 
 
-def _over(base: Source, runs: Sequence[Run], groups: Mapping[tuple[str, str, int | None], Sequence[Run]]) -> Gain | None:
+def _over(base: Source, runs: Sequence[Run], groups: Mapping[Column, Sequence[Run]]) -> Gain | None:
     others = groups.get((base, *runs[0].column[1:]))
     return gain(_seed_means(runs), _seed_means(others)) if others else None
 
@@ -224,7 +224,7 @@ def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
     return Gain(points, points - half, points + half)
 
 
-def _robust(run: Run, means: Mapping[tuple[str, str, int | None], float]) -> float | None:
+def _robust(run: Run, means: Mapping[Column, float]) -> float | None:
     """LRS with hard labels; None for real sources and where random real or the full-data ceiling is absent."""
     random, full = means.get(("random", run.student, run.images_per_class)), means.get(("full", run.student, None))
     if run.source not in ("untuned", "distilled") or random is None or full is None:

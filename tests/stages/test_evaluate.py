@@ -201,6 +201,12 @@ def test_random_sets_are_balanced_nested_and_drawn_by_seed():
     assert set(sets[5, 0][0].flatten().tolist()) != set(sets[5, 1][0].flatten().tolist())
 
 
+def test_by_default_random_real_is_drawn_ten_times(images, tmp_path):
+    ten = EvaluateConfig(students=("convnet-1",), images_per_class=(1,), student_seeds=(0,), baselines=("random",), protocol="short-20")
+    evaluate(ten, images=images, scores=tmp_path / "scores")
+    assert [line["generation_seed"] for line in read(tmp_path / "scores")] == list(range(10))
+
+
 def test_one_student_of_several(images, tmp_path):
     both = config(students=("convnet-1", "convnet-2"), baselines=("full",), student_seeds=(0,))
     evaluate(both, images=images, scores=tmp_path / "both")

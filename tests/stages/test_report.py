@@ -164,9 +164,19 @@ def test_caption_names_the_protocol_and_what_was_repeated(written):
     text = Parsed((written[0] / "report.html").read_text(encoding="utf-8")).text
     assert "on 6 real test images at the last epoch" in text
     assert "Protocol short-20, 20 optimiser steps for every student." in text
-    assert "3 generation seeds × 2 student seeds" in text
+    assert "Random real: 3 draws × 2 student seeds; untuned generator: 3 generation seeds × 2 student seeds; distilled: 3" in text
     assert "repeats the sampling only, from one fine-tune" in text
     assert "Hard labels." in text
+
+
+def test_random_real_has_as_many_draws_as_it_likes(made):
+    made.judge([line for line in all_lines(made.images.digest) if line["source"] != "random"])
+    made.judge([made.line("random", 1, draw, seed, 0.3 + draw / 100 + seed / 50) for draw in range(10) for seed in (0, 1)], "scores-random")
+    folder, _ = made.report()
+    cell = json.loads((folder / "metrics.json").read_text())[STUDENT]["distilled"]["ipc1"]
+    expected = gain([0.62, 0.62, 0.64], [0.31 + draw / 100 for draw in range(10)])
+    assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert "Random real: 10 draws × 2 student seeds; untuned generator: 3 generation seeds × 2" in (folder / "report.html").read_text()
 
 
 def test_caption_tells_when_each_generation_was_fine_tuned(tmp_path):

@@ -268,17 +268,15 @@ def _budget(runs: Sequence[Run]) -> str:
 
 
 def _repeats(runs: Sequence[Run]) -> str:
-    """How many generation seeds and student seeds each cell has, by source where they differ."""
-    shapes: dict[str, set[str]] = defaultdict(set)
+    """How many generation seeds, or draws, and student seeds the cells of each source have."""
+    shapes: dict[Source, set[str]] = defaultdict(set)
     for (source, _, _), cell in by_column(run for run in runs if run.source != "full").items():
         seeds = by_seed(cell)
-        shapes[source].add(f"{plural(len(seeds), 'generation seed')} × {plural(len(cell) // len(seeds), 'student seed')}")
-    every = {shape for found in shapes.values() for shape in found}
-    if not every:
+        draws = plural(len(seeds), "draw" if source == "random" else "generation seed")
+        shapes[source].add(f"{draws} × {plural(len(cell) // len(seeds), 'student seed')}")
+    if not shapes:
         return "No small set was judged."
-    if len(every) == 1:
-        return f"Each small set: {every.pop()} (for random real: draws × student seeds)."
-    return "; ".join(f"{SOURCE_NAMES[source]}: {' or '.join(sorted(found))}" for source, found in shapes.items()).capitalize() + "."  # type: ignore[index]
+    return "; ".join(f"{SOURCE_NAMES[source]}: {' or '.join(sorted(found))}" for source, found in shapes.items()).capitalize() + "."
 
 
 def _regenerated(inputs: Inputs) -> str:
