@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shapes import SIZES, Spread, forward_flop, machine, matmul_rate, options, random_generator, timed
-from diffstill.training import seeded, set_threads
+from diffstill.draws import Purpose, seeded
+from diffstill.training import set_threads
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     rate = matmul_rate(device, torch.float32 if device == "cpu" else torch.bfloat16, 1024 if device == "cpu" else 8192)
     plain, ours = random_generator(size, device), random_generator(size, device).accelerate(precision, compiled=given.compile)
     flop = forward_flop(plain)
-    noise = [seeded(0, number) for number in range(batch)]
+    noise = [seeded(Purpose.SHOWN, number) for number in range(batch)]
 
     def drawn(generator: object, count: int, sampler: str, steps: int) -> None:
         generator.draw([number % 10 for number in range(count)], noise[:count], sampler=sampler, steps=steps, guidance=given.guidance)  # type: ignore[attr-defined]

@@ -15,10 +15,10 @@ from chains import enter
 from diffstill.artifacts import load_split, open_artifact, to_unit
 from diffstill.config import Params
 from diffstill.diffusion import add_noise, sample_latents
+from diffstill.draws import Purpose, seeded
 from diffstill.networks import Generator, build_scheduler, load_generator
 from diffstill.stages.prepare import prepare
 from diffstill.stages.pretrain import pretrain
-from diffstill.training import seeded
 
 CHOSEN = 1.5
 
@@ -68,7 +68,7 @@ def probe_accuracy(trained: Trained, probe: SVC, guidance: float, seed: int) -> 
     """Share of samples that a classifier of real digits gives the label that was asked for."""
     opened, labels = trained.generator, torch.arange(10).repeat(20)
     scheduler = build_scheduler("ddim", opened.scheduler, learned_variance=False)
-    draws = [seeded(seed, number) for number in range(len(labels))]
+    draws = [seeded(Purpose.SHOWN, seed, number) for number in range(len(labels))]
     latents = sample_latents(
         opened.predict_noise, scheduler, labels, draws, shape=opened.latent_shape, null_label=opened.null_label, guidance=guidance, steps=15
     )

@@ -15,13 +15,13 @@ from chains import Chain, enter
 from diffstill import imagenet
 from diffstill.artifacts import open_artifact, to_pixels
 from diffstill.config import Params
+from diffstill.draws import Purpose, seeded
 from diffstill.merge import merge
 from diffstill.networks import LABEL_ROWS, LABEL_TABLE, AutoencoderKL, Generator, apply_delta, open_generator
 from diffstill.pictures import read_png
 from diffstill.run import run_chain
 from diffstill.stages.finetune import FineTuning, Latents
 from diffstill.stages.sample import sample
-from diffstill.training import seeded
 from original_dit import random_checkpoint
 
 WOOF = imagenet.SUBSETS["imagewoof"]
@@ -101,7 +101,7 @@ def opened(chain: Chain) -> Generator:
 def drawn(generator: Generator, label: int, position: int) -> np.ndarray:
     """The first image of the class at `position`, from row `label` of the label table; the rest of its chunk does not matter."""
     generator.labels = None
-    noise = [seeded(0, position, 0) for _ in range(8)]
+    noise = [seeded(Purpose.IMAGE, 0, position, 0) for _ in range(8)]
     image = generator.draw([label] * 8, noise, sampler="ddpm", steps=3, guidance=4.0)[0]
     return to_pixels(image.numpy())
 

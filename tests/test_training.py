@@ -8,39 +8,59 @@ from hypothesis import strategies as st
 
 from diffstill.artifacts import WorkFolder
 from diffstill.config import SampleConfig
-from diffstill.training import Training, balanced_indices, batch_indices, ema_decay, pack, seeded, unpack
+from diffstill.draws import Purpose, seeded, shuffled
+from diffstill.training import Training, balanced_indices, batch_indices, ema_decay, pack, unpack
 
 # --- draws --------------------------------------------------------------------------------------------------------
 
 
 def test_draws_are_a_pure_function_of_their_key():
     before = torch.random.get_rng_state()
-    draws = {key: torch.rand(4, generator=seeded(*key)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**31 - 1, 7, 10**6)]}
+    numbers = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**31 - 1, 7, 10**6)]
+    keys = [(purpose, *own) for purpose in Purpose for own in numbers]
+    draws = {key: torch.rand(4, generator=seeded(*key)) for key in keys}
     assert all(torch.equal(torch.rand(4, generator=seeded(*key)), value) for key, value in draws.items())
     assert len({tuple(value.tolist()) for value in draws.values()}) == len(draws)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_draws_of_different_purposes_share_no_key():
+    """As they did: step 5 of the autoencoder's training and image 5 of class 1 had one stream."""
+    step = torch.rand(4, generator=seeded(Purpose.VAE_STEP, 0, 5))
+    image = torch.rand(4, generator=seeded(Purpose.IMAGE, 0, 1, 5))
+    assert not torch.equal(step, image)
+    orders = [shuffled(50, purpose, 0, 0).tolist() for purpose in Purpose]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (-1,), (2**32,)])
+def test_a_key_has_at_most_three_numbers_of_32_bits(numbers):
+    """More, or larger ones, could meet another key."""
+    with pytest.raises(ValueError, match="at most three numbers"):
+        seeded(Purpose.IMAGE, *numbers)
+
+
 @given(images=st.integers(1, 20), seed=st.integers(0, 5), batch_size=st.integers(1, 30))
 def test_every_epoch_shows_each_image_once_however_it_is_cut(images, seed, batch_size):
     steps = -(-3 * images // batch_size)
-    stream = torch.cat([batch_indices(images, seed, step, batch_size) for step in range(steps)])[: 3 * images]
-    assert torch.equal(stream, batch_indices(images, seed, 0, 3 * images))
+    stream = torch.cat([batch_indices(images, Purpose.VAE_BATCH, seed, step, batch_size) for step in range(steps)])[: 3 * images]
+    assert torch.equal(stream, batch_indices(images, Purpose.VAE_BATCH, seed, 0, 3 * images))
     for epoch in stream.split(images):
         assert sorted(epoch.tolist()) == list(range(images))
 
 
 def test_epochs_and_seeds_shuffle_differently():
-    stream = batch_indices(50, 0, 0, 100)
+    stream = batch_indices(50, Purpose.DIT_BATCH, 0, 0, 100)
     assert not torch.equal(stream[:50], stream[50:])
-    assert not torch.equal(stream, batch_indices(50, 1, 0, 100))
+    assert not torch.equal(stream, batch_indices(50, Purpose.DIT_BATCH, 1, 0, 100))
+    assert not torch.equal(stream, batch_indices(50, Purpose.FINETUNE_BATCH, 0, 0, 100))
 
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.integers(1, 3), seed=st.integers(0, 5))
 def test_balanced_batches_hold_as_many_of_every_class(sizes, share, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     members = [np.flatnonzero(labels == label) for label in range(len(sizes))]
-    batches = [balanced_indices(members, seed, step, share * len(sizes)) for step in range(12)]
+    batches = [balanced_indices(members, Purpose.FINETUNE_BATCH, seed, step, share * len(sizes)) for step in range(12)]
     for batch in batches:
         assert np.bincount(labels[batch.numpy()], minlength=len(sizes)).tolist() == [share] * len(sizes)
     for own in members:
@@ -58,7 +78,7 @@ def test_the_decay_warms_up(step, decay):
 
 
 def problem(seed=0):
-    draws = seeded(seed)
+    draws = seeded(Purpose.SHOWN, seed)
     weights = [torch.randn(3, 2, generator=draws).requires_grad_(), torch.randn(2, generator=draws).requires_grad_()]
     inputs = torch.randn(20, 8, 3, generator=draws)
     return weights, lambda step: (inputs[step] @ weights[0] + weights[1]).square().mean()

@@ -35,6 +35,7 @@ from urllib3.util import Retry
 
 from diffstill.artifacts import cache_folder, file_digest
 from diffstill.config import PrepareConfig
+from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
 from diffstill.imagenet import SUBSETS, title_of
 from diffstill.record import Progress, Record, ignore
@@ -283,7 +284,8 @@ def divide(
     for name, (start, stop) in zip(classes, pairwise(starts), strict=True):
         members = training[start:stop]
         _refuse_few(name, len(members), cuts)
-        order = np.random.default_rng([config.seed, *os.fsencode(name)]).permutation(members)
+        key = struct.unpack("<2I", hashlib.sha256(os.fsencode(name)).digest()[:8])
+        order = members[shuffled(len(members), Purpose.SPLIT, config.seed, *key)]
         for later, (split, fraction) in zip(range(len(cuts), 0, -1), cuts.items(), strict=True):
             taken = min(max(1, round(fraction * len(order))), len(order) - later)
             assigned[order[:taken]] = split

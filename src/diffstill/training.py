@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffstill.artifacts import Array
+from diffstill.draws import Purpose, shuffled
 
 
 def set_threads(threads: int, device: str = "cpu") -> None:
@@ -32,32 +33,27 @@ def free_memory(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available)
 
 
-def seeded(*key: int) -> torch.Generator:
-    """A CPU generator that is a pure function of `key` (non-negative integers)."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return torch.Generator().manual_seed(int(seed))
-
-
 @lru_cache(maxsize=4096)
-def _order(images: int, seed: int, epoch: int, part: int) -> Array:
-    return np.random.default_rng((seed, epoch, part)).permutation(images)
+def _order(images: int, purpose: Purpose, seed: int, epoch: int, part: int) -> Array:
+    return shuffled(images, purpose, seed, epoch, part)
 
 
-def _stream(images: int, seed: int, start: int, count: int, part: int = 0) -> Array:
-    """Positions `start` to `start + count` of an endless stream of shuffled epochs over `images` images."""
+def _stream(images: int, purpose: Purpose, seed: int, start: int, count: int, part: int = 0) -> Array:
+    """Positions `start` to `start + count` of an endless stream of shuffled epochs over `images`."""
     places = np.arange(start, start + count)
-    return np.array([_order(images, seed, int(place // images), part)[place % images] for place in places])
+    epochs = [_order(images, purpose, seed, int(place // images), part) for place in places]
+    return np.array([epoch[place % images] for epoch, place in zip(epochs, places, strict=True)])
 
 
-def batch_indices(images: int, seed: int, step: int, batch_size: int) -> Tensor:
+def batch_indices(images: int, purpose: Purpose, seed: int, step: int, batch_size: int) -> Tensor:
     """Which images form the batch of `step`: (batch_size,) int64, each image once per epoch."""
-    return torch.from_numpy(_stream(images, seed, step * batch_size, batch_size))
+    return torch.from_numpy(_stream(images, purpose, seed, step * batch_size, batch_size))
 
 
-def balanced_indices(members: Sequence[Array], seed: int, step: int, batch_size: int) -> Tensor:
-    """The same, with batch_size / classes images of every class; `members` holds each class's image numbers."""
+def balanced_indices(members: Sequence[Array], purpose: Purpose, seed: int, step: int, batch_size: int) -> Tensor:
+    """The same with batch_size / classes images of every class, whose numbers `members` holds."""
     share = batch_size // len(members)
-    parts = [own[_stream(len(own), seed, step * share, share, part)] for part, own in enumerate(members)]
+    parts = [own[_stream(len(own), purpose, seed, step * share, share, part)] for part, own in enumerate(members)]
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -122,7 +122,7 @@ def test_a_learned_variance_is_trained_with_weight_one(tiny_chain: Chain, tmp_pa
     squares = (output[:, :4] - batch.eps).square().mean()
     bits = variational_loss(output, batch.x0, x_t, batch.t, abar)
     run.step()
-    assert bits > 0.01 * squares
+    assert bits > 0.001 * squares  # well above the tolerance of the next line
     assert run.history[0, 0].item() == pytest.approx((squares + bits).item(), rel=1e-4)
     gradient = next(weight.grad for name, weight in zip(run.names, run.training.weights, strict=True) if name == "proj_out_2.bias")
     assert gradient is not None
@@ -175,9 +175,10 @@ def test_draws_depend_on_seed_and_step_alone(tiny_chain: Chain) -> None:
 def test_an_epoch_meets_every_image_once(tiny_chain: Chain) -> None:
     run = tuning(tiny_chain, batch_size=8)
     images = len(run.data.labels)
+    from diffstill.draws import Purpose
     from diffstill.training import batch_indices
 
-    rows = torch.cat([batch_indices(images, 0, step, 8) for step in range(-(-images // 8))])[:images]
+    rows = torch.cat([batch_indices(images, Purpose.FINETUNE_BATCH, 0, step, 8) for step in range(-(-images // 8))])[:images]
     assert rows.sort().values.tolist() == list(range(images))
 
 

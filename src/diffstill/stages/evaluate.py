@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffstill.artifacts import Artifact, Rows, WorkFolder, load_split, new_artifact, open_artifact, refuse_foreign
 from diffstill.config import EvaluateConfig
+from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol, protocol
 from diffstill.record import Progress, Record, ignore
@@ -176,7 +177,8 @@ def _random(train: tuple[Rows | Pixels, Labels], classes: int, size: int | None,
     """`size` random real images of each class: the head of a permutation per (seed, class), so that smaller sets lie in larger ones."""
     pixels, labels = train
     own = [np.flatnonzero(labels == label) for label in range(classes)]
-    chosen = np.concatenate([np.random.default_rng((seed or 0, label)).permutation(numbers)[:size] for label, numbers in enumerate(own)])
+    orders = [shuffled(len(numbers), Purpose.RANDOM_REAL, seed or 0, label)[:size] for label, numbers in enumerate(own)]
+    chosen = np.concatenate([numbers[order] for numbers, order in zip(own, orders, strict=True)])
     return pixels[chosen], labels[chosen]
 
 

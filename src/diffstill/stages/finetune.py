@@ -26,16 +26,16 @@ from torch import Tensor
 from diffstill.artifacts import Array, Artifact, Draft, Rows, WorkFolder, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import FinetuneConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicted_clean, variational_loss
+from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
 from diffstill.memory import ClassMemory, diversity, representativeness
 from diffstill.networks import Generator, choose_trainable, moved_labels, open_generator, take_delta
 from diffstill.pictures import contact_sheet
 from diffstill.ranks import Ranks, joined
 from diffstill.record import Record, ignore
-from diffstill.training import Training, balanced_indices, batch_indices, free_memory, pack, seeded, sent, set_threads, unpack
+from diffstill.training import Training, balanced_indices, batch_indices, free_memory, pack, sent, set_threads, unpack
 
 METRICS = ("loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
-FINETUNE = 3  # the first number of a draw's key, after the seed
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 4
 """Rows and columns of a preview."""
 PREVIEW_STEPS = 10
@@ -193,8 +193,9 @@ class FineTuning:
     def draw(self, step: int) -> _Batch:
         """The batch of `step`: images, mirrored or not, posterior sample, timesteps, noise, dropped labels."""
         config, data = self.config, self.data
-        size, draws = config.batch_size, seeded(self.seed, FINETUNE, step)
-        rows = balanced_indices(self.members, self.seed, step, size) if config.balanced else batch_indices(len(data.labels), self.seed, step, size)
+        size, draws = config.batch_size, seeded(Purpose.FINETUNE_STEP, self.seed, step)
+        place = Purpose.FINETUNE_BATCH, self.seed, step, size
+        rows = balanced_indices(self.members, *place) if config.balanced else batch_indices(len(data.labels), *place)
         view = torch.randint(data.mean.shape[1], (size,), generator=draws)
         t = torch.randint(len(self.alphas_cumprod), (size,), generator=draws)
         dropped = torch.rand(size, generator=draws) < config.label_drop
@@ -312,7 +313,7 @@ class FineTuning:
         return contact_sheet(to_pixels(drawn.float().cpu().numpy()).reshape(rows, SHOWN_IMAGES, *drawn.shape[1:]))
 
     def _draw_preview(self, slots: Sequence[tuple[int, int]], steps: int) -> Tensor:
-        noise = [seeded(self.seed, *slot) for slot in slots]
+        noise = [seeded(Purpose.IMAGE, self.seed, *slot) for slot in slots]
         return self.opened.draw([label for label, _ in slots], noise, sampler="ddim", steps=steps, guidance=1.0)
 
     def _refuse_divergence(self) -> None:

@@ -28,6 +28,7 @@ from diffstill.artifacts import (
 )
 from diffstill.config import DitConfig, PretrainConfig, VaeConfig
 from diffstill.diffusion import add_noise, denoising_loss, drop_labels, sample_latents
+from diffstill.draws import Purpose, seed_of, seeded
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
     ABOUT,
@@ -47,13 +48,12 @@ from diffstill.networks import (
 from diffstill.pictures import contact_sheet, save_png
 from diffstill.pretrained import class_map, known_licence, label_names, map_classes, read_checkpoint, weights_digest
 from diffstill.record import Record, ignore
-from diffstill.training import Training, batch_indices, pack, seeded, set_threads
+from diffstill.training import Training, batch_indices, pack, set_threads
 
 log = logging.getLogger("diffstill")
 LOG_EVERY = 50  # steps
 JUDGED = 1024
 """Images of val that judge the autoencoder: enough for a mean, and bounded."""
-VAE, DIT = 1, 2  # the first number of a draw's key, after the seed: which network it is for
 Loss = Callable[[int], Tensor]
 """The loss of a step, by its number."""
 
@@ -250,7 +250,7 @@ def _train(config: PretrainConfig, real: Artifact, work: WorkFolder, device: str
     pixels, labels = load_split(real, "train")
     images, targets = torch.from_numpy(to_unit(pixels)).to(device), torch.from_numpy(labels).to(device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed_of(Purpose.GENERATOR_WEIGHTS, config.seed))
         vae = build_vae(config, real.facts["channels"], real.facts["side"]).to(device)
         side = real.facts["side"] // 2 ** (len(config.vae.channels) - 1)
         transformer = build_transformer(config, len(real.facts["classes"]), side).to(device)
@@ -268,10 +268,11 @@ def _train_vae(config: PretrainConfig, vae: nn.Module, images: Tensor, work: Wor
     vae_config = config.vae
 
     def loss_at(step: int) -> Tensor:
-        rows = batch_indices(len(images), config.seed, step, vae_config.batch_size)
+        rows = batch_indices(len(images), Purpose.VAE_BATCH, config.seed, step, vae_config.batch_size)
         batch = images[rows.to(images.device)]
         posterior = vae.encode(batch).latent_dist  # type: ignore[operator]
-        noise = torch.randn(posterior.mean.shape, generator=seeded(config.seed, VAE, step)).to(images.device)
+        draws = seeded(Purpose.VAE_STEP, config.seed, step)
+        noise = torch.randn(posterior.mean.shape, generator=draws).to(images.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[operator]
         loss: Tensor = torch.nn.functional.mse_loss(decoded, batch) + vae_config.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
         return loss
@@ -287,8 +288,8 @@ def _train_dit(config: PretrainConfig, made: Generator, latents: tuple[Tensor, T
     scaling = made.vae.config.scaling_factor
 
     def loss_at(step: int) -> Tensor:
-        rows = batch_indices(len(mean), config.seed, step, config.dit.batch_size)
-        draws = seeded(config.seed, DIT, step)
+        rows = batch_indices(len(mean), Purpose.DIT_BATCH, config.seed, step, config.dit.batch_size)
+        draws = seeded(Purpose.DIT_STEP, config.seed, step)
         t = torch.randint(config.timesteps, (len(rows),), generator=draws)
         dropped = torch.rand(len(rows), generator=draws) < config.dit.label_drop
         noise, eps = torch.randn((2, len(rows), *mean.shape[1:]), generator=draws).to(mean.device)
@@ -328,7 +329,7 @@ def _samples(made: Generator, classes: int, device: torch.device, rows: int = 4,
     """Guided samples of the first `shown` classes, (rows, shown, channels, side, side)."""
     labels = made.labels_of(torch.arange(min(classes, shown), device=device).repeat(rows))
     scheduler = build_scheduler("ddim", made.scheduler, learned_variance=False)
-    draws = [seeded(0, number) for number in range(len(labels))]
+    draws = [seeded(Purpose.SHOWN, number) for number in range(len(labels))]
     steps = min(25, made.scheduler["num_train_timesteps"])
     latents = sample_latents(
         made.predict_noise, scheduler, labels, draws, shape=made.latent_shape, null_label=made.null_label, guidance=2.0, steps=steps

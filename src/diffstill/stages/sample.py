@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 
 from diffstill.artifacts import Array, Artifact, new_artifact, open_artifact, refuse_foreign, to_pixels
 from diffstill.config import SampleConfig
+from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
 from diffstill.networks import Generator, apply_delta, open_generator
 from diffstill.pictures import contact_sheet, read_png, save_png, to_image
 from diffstill.record import Record, ignore
 from diffstill.shards import Share
-from diffstill.training import seeded, set_threads
+from diffstill.training import set_threads
 
 SHEET_COLUMNS, SHEET_ROWS = 20, 100
 """Images per class, and classes, on the contact sheet of a whole set."""
@@ -38,7 +39,7 @@ class _Slot:
 
     def generator(self) -> torch.Generator:
         """The noise of this image and of no other."""
-        return seeded(self.seed, self.label, self.number)
+        return seeded(Purpose.IMAGE, self.seed, self.label, self.number)
 
 
 def sample(
