@@ -28,6 +28,13 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def flip(path: Path) -> None:
+    """Change one bit of a file, as a failing disk does."""
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
 def enter(world: pytest.MonkeyPatch, folder: Path) -> None:
     """Work in `folder`, without tracking and without settings from outside."""
     folder.mkdir(parents=True, exist_ok=True)

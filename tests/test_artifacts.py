@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
+import shutil
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from hypothesis.extra import numpy as arrays_of
 from safetensors.numpy import save_file
 
 from chains import contents
+from diffstill import environment
 from diffstill.artifacts import (
     ANCESTORS,
     MANIFEST,
@@ -31,6 +35,7 @@ from diffstill.artifacts import (
     write_shards,
 )
 from diffstill.config import PrepareConfig, SampleConfig
+from diffstill.environment import code_version
 from diffstill.errors import DiffstillError
 
 
@@ -479,7 +484,7 @@ def test_a_checkpoint_is_read_as_it_was_written_and_the_newest_counts():
     assert found is not None
     assert found.keys() == arrays.keys()
     assert all(np.array_equal(found[name], arrays[name]) and found[name].dtype == arrays[name].dtype for name in arrays)
-    assert [path.name for path in work().folder.iterdir()] == ["vae.safetensors"]
+    assert [path.name.split(".")[0] for path in work().folder.iterdir()] == ["vae"]
 
 
 def test_arrays_are_kept_as_they_read_whatever_their_strides():
@@ -501,26 +506,96 @@ def test_what_is_kept_is_placed_whole(links, tmp_path, monkeypatch):
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     work().place("train-00000", tmp_path)
-    kept = work().folder / "train-00000.safetensors"
-    assert ((tmp_path / kept.name).stat().st_ino == kept.stat().st_ino) == links
+    placed = tmp_path / "train-00000.safetensors"
+    assert (placed.stat().st_ino == checkpoint("train-00000").stat().st_ino) == links
     work().clear()
     np.testing.assert_array_equal(read_shards(tmp_path, "train")["x"], np.arange(9))
 
 
-def test_a_damaged_piece_is_not_taken_for_a_whole_one():
-    work().save("train-00000", {"x": np.zeros(100)})
-    path = work().folder / "train-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DiffstillError, match=r"train-00000.safetensors: damaged checkpoint .*; remove it to make it anew"):
-        work().holds("train-00000")
+def checkpoint(name: str) -> Path:
+    (path,) = work().folder.glob(f"{name}.*safetensors")
+    return path
 
 
-def test_a_damaged_checkpoint_is_refused():
+@pytest.mark.parametrize("place", [0, 9, 60, -1])
+def test_a_flipped_byte_anywhere_makes_a_checkpoint_anew(place, caplog):
+    """In the header's length, the header, and the values: none of them ends the command, none of them is believed."""
     work().save("vae", {"x": np.zeros(100)})
-    path = work().folder / "vae.safetensors"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DiffstillError, match=r"vae.safetensors: damaged checkpoint .*; remove it to start this stage anew"):
-        work().load("vae")
+    content = bytearray(checkpoint("vae").read_bytes())
+    content[place] ^= 1
+    checkpoint("vae").write_bytes(content)
+    again = work()
+    assert (again.load("vae"), again.holds("vae")) == (None, False)
+    (told,) = caplog.messages
+    assert re.fullmatch(r".*vae\..*safetensors: damaged, its digest is another; made again", told)
+    again.save("vae", {"x": np.ones(3)})
+    assert again.load("vae")["x"].tolist() == [1, 1, 1]
+    assert len(list(again.folder.iterdir())) == 1
+
+
+def test_a_piece_cut_short_is_not_taken_for_a_whole_one():
+    work().save("train-00000", {"x": np.zeros(100)})
+    checkpoint("train-00000").write_bytes(checkpoint("train-00000").read_bytes()[:-40])
+    assert not work().holds("train-00000")
+
+
+def test_the_checkpoint_before_a_damaged_one_counts_where_it_is_still_there():
+    work().save("vae", {"x": np.zeros(1)})
+    before, content = checkpoint("vae"), checkpoint("vae").read_bytes()
+    work().save("vae", {"x": np.ones(1)})
+    newest = checkpoint("vae")
+    before.write_bytes(content)
+    os.utime(before, ns=(0, 0))
+    assert work().load("vae")["x"].tolist() == [1]
+    newest.write_bytes(b"")
+    assert work().load("vae")["x"].tolist() == [0]
+
+
+@pytest.mark.parametrize("changed", ["code", "device", "ranks", "settings", "stage", "name"])
+def test_a_checkpoint_of_other_work_is_made_again(changed, monkeypatch, caplog):
+    """Even one that was copied to where ours would lie, whole as it is."""
+    work().save("vae", {"x": np.zeros(1)})
+    work().append("finished", {"number": 0})
+    source, ours = work().folder, {"code": work, "device": work, "ranks": work}.get(changed)
+    if changed == "code":
+        monkeypatch.setattr("diffstill.environment.code_version", lambda: "another")
+    if changed == "device":
+        ours = partial(WorkFolder, "pretrain", SampleConfig(), {}, device="meta")
+    if changed == "ranks":
+        world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        for name, value in world.items():
+            monkeypatch.setenv(name, value)
+    if changed == "settings":
+        ours = partial(WorkFolder, "pretrain", SampleConfig(guidance=1.0), {})
+    if changed == "stage":
+        ours = partial(WorkFolder, "finetune", SampleConfig(), {})
+    if changed == "name":
+        checkpoint("vae").rename(source / "vae.safetensors")  # as no seal had been kept
+        (source / "finished.jsonl").write_text('{"number": 0}\n')
+        ours = work
+    found = ours()
+    if found.folder != source:
+        shutil.copytree(source, found.folder)
+    assert (found.load("vae"), found.lines("finished")) == (None, [])
+    assert len(caplog.messages) <= 2
+    assert "by other code, on another kind of device or by another number of processes; made again" in caplog.messages[0]
+    found.append("finished", {"number": 1})
+    found.save("vae", {"x": np.ones(1)})
+    assert (found.load("vae")["x"].tolist(), found.lines("finished")) == ([1], [{"number": 1}])
+
+
+def test_the_code_is_what_the_package_holds(tmp_path, monkeypatch):
+    code_version.cache_clear()
+    before = code_version()
+    shutil.copytree(Path(environment.__file__).parent, tmp_path / "package", ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "package" / "environment.py"))
+    code_version.cache_clear()
+    assert code_version() == before
+    with (tmp_path / "package" / "stages" / "finetune.py").open("a") as file:
+        file.write("# another\n")
+    code_version.cache_clear()
+    assert code_version() != before
+    code_version.cache_clear()
 
 
 def test_a_line_torn_by_a_kill_is_dropped_and_writing_goes_on():
@@ -533,12 +608,30 @@ def test_a_line_torn_by_a_kill_is_dropped_and_writing_goes_on():
     assert work().lines("finished") == [{"number": 0}, {"number": 1}, {"number": 9}]
 
 
-def test_a_damaged_line_in_the_middle_is_refused():
+@pytest.mark.parametrize(
+    "edit",
+    [lambda line: line.replace("0.25", "0.95"), lambda line: line[1:], lambda line: "5", lambda line: '{"number": 1}', lambda line: "\xff"],
+)
+def test_an_edited_line_is_dropped_alone_and_told(edit, caplog):
+    for number in range(3):
+        work().append("finished", {"number": number, "accuracy": 0.25})
+    path = work().folder / "finished.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], edit(lines[1]), *lines[2:]]) + "\n", encoding="latin-1")
+    again = work()
+    assert [line["number"] for line in again.lines("finished")] == [0, 2]
+    assert [line["number"] for line in again.lines("finished")] == [0, 2]
+    assert len(caplog.messages) == 1
+    assert "made again" in caplog.messages[0]
+    again.append("finished", {"number": 1})
+    assert [line["number"] for line in work().lines("finished")] == [0, 2, 1]
+
+
+def test_a_line_that_is_there_twice_counts_once():
     work().append("finished", {"number": 0})
     path = work().folder / "finished.jsonl"
-    path.write_text('{"number":\n' + path.read_text())
-    with pytest.raises(DiffstillError, match=r"finished.jsonl: damaged .*remove it to start this stage anew"):
-        work().lines("finished")
+    path.write_text(path.read_text() * 3)
+    assert work().lines("finished") == [{"number": 0}]
 
 
 def test_work_is_kept_apart_by_stage_settings_inputs_and_cell(folder, tmp_path):

@@ -93,8 +93,9 @@ def test_what_cannot_be_cut_is_refused(tiny_chain: Chain, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_another_number_of_processes(tiny_chain: Chain, alone: Run, tmp_path: Path) -> None:
-    """Killed after its second checkpoint, in one process; gone on with in two, which share what the first of them reads."""
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_killed_run_goes_on_with_as_many_processes(tiny_chain: Chain, alone: Run, tmp_path: Path, before: int) -> None:
+    """Killed after its second checkpoint; gone on with in two, which share what the first of them reads, or made again."""
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -107,11 +108,13 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tiny_chain: Chain
         "from diffstill.cli import main\n"
         "main(sys.argv[1:])\n"
     )
-    first = tune(tiny_chain, tmp_path, 1, script=str(script))
-    assert first.done.returncode == -9
+    first = tune(tiny_chain, tmp_path, before, script=str(script))
+    assert first.done.returncode in (-9, 1)
+    assert list(tmp_path.glob("work/finetune-*/*.safetensors"))
     assert not first.denoiser.exists()
     run = tune(tiny_chain, tmp_path, 2)
     assert run.done.returncode == 0, run.done.stderr
+    assert ("another number of processes; made again" in run.done.stderr) == (before == 1)
     for name, weight in alone.weights().items():
         torch.testing.assert_close(run.weights()[name], weight, rtol=1e-3, atol=2e-5)
     assert run.trace()[-1] == pytest.approx(alone.trace()[-1], abs=1e-5, rel=1e-5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,12 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from diffstill.config import Section
+from diffstill.environment import maker
 from diffstill.errors import DiffstillError
 
+log = logging.getLogger("diffstill")
 Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report", "card"]
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -320,15 +323,19 @@ def cache_folder() -> Path:
 
 
 class WorkFolder:
-    """Where a long stage keeps what a killed run goes on from: outside its outputs, keyed by configuration and inputs.
+    """Where a long stage keeps what a killed run goes on from: outside its outputs, one folder per configuration and inputs.
 
-    Lies under `work_root()`.
+    Lies under `work_root()`. Every file and line carries a digest of its content and a key of what made it: stage,
+    settings, inputs, code, kind of device, number of processes. What is damaged or has another key counts as absent,
+    with one line in the log, so that it is made again.
     """
 
-    def __init__(self, stage: str, config: Section, inputs: Mapping[str, Artifact], *more: str) -> None:
-        key = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
-        self.folder = work_root() / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    def __init__(self, stage: str, config: Section, inputs: Mapping[str, Artifact], *more: str, device: str = "cpu") -> None:
+        work = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
+        self.folder = work_root() / f"{stage}-{_short_digest(work)}"
+        self._key = _short_digest(f"{self.folder.name} {maker(device)}")
         self._lock = FileLock(self.folder.with_suffix(".lock"), timeout=0)
+        self._told: set[str] = set()
 
     def __enter__(self) -> Self:
         """Keep other processes out. Raises `DiffstillError` if one is at work on the same thing."""
@@ -343,60 +350,105 @@ class WorkFolder:
         self._lock.release()
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
-        """Atomically keep named arrays as `<name>.safetensors`."""
+        """Atomically keep named arrays under `name`; what was kept there before stays until then."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)  # safetensors ignores strides
-        partial.replace(path)
+        partial = self.folder / f".{name}.{os.getpid()}.partial"
+        # safetensors ignores strides
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # before the file in whose place it comes is gone
+        before = self._files(name)
+        # The seal is in the name and not in the file, whose bytes `place` makes part of an artifact.
+        kept = self.folder / f"{name}.{self._key}.{file_digest(partial)}.safetensors"
+        partial.replace(kept)
+        for path in before:
+            if path != kept:
+                path.unlink()
 
     def load(self, name: str) -> dict[str, Array] | None:
-        """What `save` kept under `name`, or None. Raises `DiffstillError` if the file is damaged."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            return load_file(path) if path.is_file() else None
-        except SafetensorError as error:
-            raise DiffstillError(f"{path}: damaged checkpoint ({error}); remove it to start this stage anew") from error
+        """What `save` kept under `name`; None without it, or where it is damaged or of another key."""
+        kept = self._whole(name)
+        return load_file(kept) if kept else None
 
     def holds(self, name: str) -> bool:
-        """Whether `save` has kept something under `name`. Raises `DiffstillError` if the file is damaged."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            if path.is_file():
-                with safe_open(path, framework="numpy"):
-                    return True
-        except SafetensorError as error:
-            raise DiffstillError(f"{path}: damaged checkpoint ({error}); remove it to make it anew") from error
-        return False
+        """Whether `load` would give something."""
+        return self._whole(name) is not None
 
     def place(self, name: str, folder: Path) -> None:
-        """Put the file that `save` kept under `name` into `folder`: under a second name, or as a copy where a file system has no such thing."""
-        kept = self.folder / f"{name}.safetensors"
+        """Put what `save` kept under `name` into `folder` as `<name>.safetensors`: linked, or a copy where that cannot be."""
+        (kept,) = (path for path in self._files(name) if path.name.split(".")[1] == self._key)
+        placed = folder / f"{name}.safetensors"
         try:
-            (folder / kept.name).hardlink_to(kept)
+            placed.hardlink_to(kept)
         except OSError:
-            shutil.copyfile(kept, folder / kept.name)
+            shutil.copyfile(kept, placed)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add one line to `<name>.jsonl`, flushed to disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
+            file.write(json.dumps({"key": self._key, "line": line, "sha256": self._line_digest(line)}, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The whole lines of `<name>.jsonl`; a last line cut off by a kill is dropped. Raises `DiffstillError` if another is damaged."""
+        """The lines of `<name>.jsonl` but those that are damaged or of another key; a last one cut off by a kill is dropped."""
         path = self.folder / f"{name}.jsonl"
-        text = path.read_text() if path.is_file() else ""
-        if text and not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text)
-        try:
-            return [json.loads(line) for line in text.splitlines()]
-        except json.JSONDecodeError as error:
-            raise DiffstillError(f"{path}: damaged ({error}); remove it to start this stage anew") from error
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        kept = {line: value for line in whole if (value := self._line(path, line)) is not None}
+        if text != "".join(kept):
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(path)
+        return list(kept.values())
 
     def clear(self) -> None:
         """Forget everything: the artifact is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self, name: str) -> list[Path]:
+        """All that is kept under a name, the newest first: a kill may leave the one before it, too."""
+        found = self.folder.glob(f"{name}.*safetensors")
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+    def _whole(self, name: str) -> Path | None:
+        for path in self._files(name):
+            _, *seal, _ = path.name.split(".")
+            if not seal or seal[0] != self._key:
+                self._tell_foreign()
+            elif seal[1:] != [file_digest(path)]:
+                self._tell(f"{path}: damaged, its digest is another; made again")
+            else:
+                return path
+        return None
+
+    def _line(self, path: Path, line: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads(line)
+            value: dict[str, Any] = found["line"]
+            if found["key"] != self._key:
+                self._tell_foreign()
+                return None
+            if found["sha256"] == self._line_digest(value):
+                return value
+        except (ValueError, KeyError, TypeError):
+            pass
+        self._tell(f"{path}: a line is damaged, its digest is another; what it stood for is made again")
+        return None
+
+    def _line_digest(self, line: Mapping[str, Any]) -> str:
+        return hashlib.sha256(f"{self._key}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()
+
+    def _tell_foreign(self) -> None:
+        why = "made by other code, on another kind of device or by another number of processes"
+        self._tell(f"{self.folder}: holds work {why}; made again")
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            log.warning("%s", what)
+        self._told.add(what)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

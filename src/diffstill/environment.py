@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +24,26 @@ def rank_here() -> tuple[int, int]:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except ValueError as error:
         raise DiffstillError(f"RANK and WORLD_SIZE are {os.environ['RANK']!r} and {os.environ['WORLD_SIZE']!r}, no numbers; unset them") from error
+
+
+@cache
+def code_version() -> str:
+    """A digest of this package's own source and of the versions of what computes under it."""
+    here, seen = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        seen.update(f"{path.relative_to(here).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    seen.update(repr([(name, version(name)) for name in PACKAGES]).encode())
+    return seen.hexdigest()[:16]
+
+
+def maker(device: str) -> str:
+    """What beside settings and inputs half-done work depends on: the code, the kind of `device`, the number of processes."""
+    kind = device
+    if device != "cpu":
+        import torch
+
+        kind = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else torch.device(device).type
+    return f"code {code_version()}, {kind}, {rank_here()[1]} processes"
 
 
 def environment() -> dict[str, str]:

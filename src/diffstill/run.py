@@ -20,7 +20,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from diffstill import storage
-from diffstill.artifacts import ANCESTORS, MANIFEST, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
+from diffstill.artifacts import ANCESTORS, MANIFEST, Kind, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
 from diffstill.config import Params, Section
 from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
@@ -302,7 +302,7 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
         return False  # made by a diffstill that kept no lineage
     config = params.section(step.stage)
     outside = _outside(stage, config)
-    if outside and (not _seen(output).is_file() or json.loads(_seen(output).read_text()) != [read_manifest(output, stage.output).digest, outside]):
+    if outside and not _has_seen(output, stage.output, outside):
         return False
     pinned = dict.fromkeys(stage.outside.values()) if outside else {}  # the manifest has the commit where the settings have the branch
     if manifest.config | pinned != config.plain() | pinned:
@@ -314,6 +314,14 @@ def _is_current(step: Step, params: Params, root: Path) -> bool:
 def _seen(output: Path) -> Path:
     """Where a chain notes what lay outside when it made this artifact. No part of the artifact, which is the same wherever its data lie."""
     return work_root() / "outside" / f"{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]}.json"
+
+
+def _has_seen(output: Path, kind: Kind, outside: Mapping[str, str]) -> bool:
+    try:
+        noted = json.loads(_seen(output).read_text())
+    except (OSError, ValueError):  # none, or a damaged one
+        return False
+    return bool(noted == [read_manifest(output, kind).digest, outside])
 
 
 def _outside(stage: Stage, config: Section) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from chains import Chain, contents
+from chains import Chain, contents, flip
 from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact, read_shards, to_unit, write_shards
 from diffstill.config import EncodeConfig
 from diffstill.networks import load_generator
@@ -209,6 +209,21 @@ def test_an_interrupted_shard_goes_on_by_itself(tiny_chain: Chain, tmp_path: Pat
         encode(config, **inputs, latents=part, shard=f"{number}/2", record=bar)
         assert bar.opened[0][3] == 32
     encode(config, **inputs, latents=tmp_path / "latents", parts=parts)
+    encode(config, **inputs, latents=tmp_path / "undisturbed")
+    assert contents(tmp_path / "latents") == contents(tmp_path / "undisturbed")
+
+
+def test_a_damaged_piece_is_encoded_again(tiny_chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = EncodeConfig(batch_size=8, shard_size=16)
+    inputs = {name: tiny_chain.artifacts / name for name in ("images", "generator")}
+    with pytest.raises(KeyboardInterrupt):
+        encode(config, **inputs, latents=tmp_path / "latents", record=Bar(last=40))
+    first, _ = sorted((tmp_path / "work").rglob("*.safetensors"))
+    flip(first)
+    bar = Bar()
+    encode(config, **inputs, latents=tmp_path / "latents", record=bar)
+    assert bar.opened[0][3] == 16
+    assert len(caplog.messages) == 1
     encode(config, **inputs, latents=tmp_path / "undisturbed")
     assert contents(tmp_path / "latents") == contents(tmp_path / "undisturbed")
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from chains import contents
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import EvaluateConfig, PrepareConfig, SampleConfig
 from diffstill.errors import DiffstillError
@@ -251,6 +252,19 @@ def test_a_stopped_command_goes_on_where_it_was(images, tmp_path, workers):
     assert (tmp_path / "scores" / "scores.jsonl").read_bytes() == (tmp_path / "whole" / "scores.jsonl").read_bytes()
     assert (tmp_path / "scores" / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
     assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".lock"]
+
+
+def test_an_edited_score_is_made_again(images, tmp_path, caplog):
+    evaluate(config(baselines=("random",)), images=images, scores=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(baselines=("random",)), images=images, scores=tmp_path / "scores", record=Counting(stop_after=90))
+    (finished,) = (tmp_path / "work").rglob("finished.jsonl")
+    finished.write_text(re.sub(r'("accuracy_test": 0\.)\d', r"\g<1>9", finished.read_text(), count=1))
+    rest = Counting()
+    evaluate(config(baselines=("random",)), images=images, scores=tmp_path / "scores", record=rest)
+    assert rest.done == 60  # of 80 that were finished
+    assert contents(tmp_path / "scores") == contents(tmp_path / "whole")
+    assert "a line is damaged" in caplog.text
 
 
 def test_another_number_of_workers_goes_on_too(images, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from chains import Chain, contents
+from chains import Chain, contents, flip
 from diffstill.artifacts import Rows, open_artifact
 from diffstill.config import FinetuneConfig, Params
 from diffstill.diffusion import add_noise, drop_labels, variational_loss
@@ -288,6 +288,21 @@ class KillAfter:
         self.left -= 1
         if self.left < 0:
             raise _Killed
+
+
+def test_a_damaged_checkpoint_is_made_again_with_one_line(tiny_chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = settings_of(tiny_chain, checkpoint_every=3, steps=5, preview_every=0)
+    finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "whole")
+    with pytest.raises(_Killed):
+        finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "again", record=KillAfter(4))
+    (checkpoint,) = (tmp_path / "work").rglob("*.safetensors")
+    flip(checkpoint)
+    all_steps = KillAfter(5)
+    finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "again", record=all_steps)
+    assert all_steps.left == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert len(caplog.messages) == 1
+    assert f"{checkpoint}: damaged" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("update", ["step", "epoch"])

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chains import flip
 from diffstill.artifacts import load_split, open_artifact
 from diffstill.config import PrepareConfig, preset
 from diffstill.datasets import SPLITS, decode, divide, load
@@ -240,6 +242,24 @@ def test_a_run_interrupted_again_and_again_gets_there(tmp_path):
     bar = Bar()
     prepare(config, images=tmp_path / "images", record=bar)
     assert bar.opened[-1][3] >= 40
+    assert same_as_in_memory(tmp_path / "images", config)
+    assert len(json.loads((tmp_path / "images/rejected.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("damage", ["piece", "note"])
+def test_what_is_damaged_is_read_again(tmp_path, damage):
+    """A piece, and the note of which of its images were rejected: without it they would be lost without a word."""
+    config = noisy(tmp_path / "data", {"a": 40, "b": 40})
+    for number in (0, 5, 9):
+        (tmp_path / f"data/train/a/{number:04d}.png").write_bytes(b"bad")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, images=tmp_path / "images", record=Bar(last=40))
+    if damage == "piece":
+        flip(sorted((tmp_path / "work").rglob("*.safetensors"))[0])
+    else:
+        (notes,) = (tmp_path / "work").rglob("rejected.jsonl")
+        notes.write_text(re.sub(r'"\d+": ', '"1": ', notes.read_text()))
+    prepare(config, images=tmp_path / "images")
     assert same_as_in_memory(tmp_path / "images", config)
     assert len(json.loads((tmp_path / "images/rejected.json").read_text())) == 3
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_finetune import KillAfter, _Killed
 
-from chains import Chain, contents
+from chains import Chain, contents, flip
 from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig
@@ -29,14 +29,20 @@ def settings_of(chain: Chain, **changes: Any) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("updates", [7, 19])  # killed while the autoencoder trains, and while the transformer does
-def test_a_killed_run_goes_on_and_ends_alike(tiny_chain: Chain, tmp_path: Path, updates: int) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_goes_on_and_ends_alike(
+    tiny_chain: Chain, tmp_path: Path, updates: int, damaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     images = tiny_chain.artifacts / "images"
     with pytest.raises(_Killed):
         pretrain(tiny_chain.params.pretrain, images=images, generator=tmp_path / "again", record=KillAfter(updates))
     assert not (tmp_path / "again").exists()
-    saved = sorted(path.name for path in (tmp_path / "work").rglob("*.safetensors"))
-    assert saved == (["vae.safetensors"] if updates == 7 else ["dit.safetensors", "vae.safetensors"])
+    saved = sorted((tmp_path / "work").rglob("*.safetensors"))
+    assert [path.name.split(".")[0] for path in saved] == (["vae"] if updates == 7 else ["dit", "vae"])
+    if damaged:
+        flip(saved[0])
     pretrain(tiny_chain.params.pretrain, images=images, generator=tmp_path / "again")
+    assert ("made again" in caplog.text) == damaged
     assert contents(tmp_path / "again") == contents(tiny_chain.artifacts / "generator")
     assert not list((tmp_path / "work").rglob("*.safetensors"))
 

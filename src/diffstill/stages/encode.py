@@ -42,7 +42,7 @@ def encode(
     inputs = {"images": open_artifact(images, "images"), "generator": open_artifact(generator, "generator")}
     refuse_foreign(latents, "latents")
     mine, encoded = Share.of(shard, parts), 0
-    with WorkFolder("encode", config, inputs, str(mine.shard or "")) as work:
+    with WorkFolder("encode", config, inputs, str(mine.shard or ""), device=device) as work:
         with new_artifact(latents, "latents", config, inputs) as draft:
             if parts:
                 draft.facts |= mine.gather(draft.folder, "latents", config, inputs)

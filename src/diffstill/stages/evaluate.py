@@ -64,7 +64,8 @@ def evaluate(
     runs = _runs(config, sources, students)
     judge.refuse_misfits(students)
 
-    with WorkFolder("evaluate", config.model_copy(update={"workers": 1}), inputs, student or "") as work:
+    alone = config.model_copy(update={"workers": 1})  # their number changes no score
+    with WorkFolder("evaluate", alone, inputs, student or "", device=device) as work:
         lines = _trained(runs, judge, config.workers, work, record)
         _write(scores, config, inputs, lines, record)
         work.clear()
@@ -280,7 +281,7 @@ class _Stopped(Exception):  # noqa: N818  (no error: another run failed or the u
 
 def _trained(runs: Mapping[_Run, Callable[[], TrainingSet]], judge: _Judge, workers: int, work: WorkFolder, record: Record) -> list[Score]:
     """The scores of all runs, sorted, each student trained on one thread; those that an earlier command finished are not trained again."""
-    finished = {_Run(**{field: line[field] for field in IDENTITY}) for line in work.lines(FINISHED)}
+    finished = [_Run(**{field: line[field] for field in IDENTITY}) for line in work.lines(FINISHED)]
     left = [run for run in runs if run not in finished]
     done = sum(judge.steps(run) for run in finished)
     lock, stop = threading.Lock(), threading.Event()

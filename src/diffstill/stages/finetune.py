@@ -62,7 +62,7 @@ def finetune(
     inputs = {"latents": encoded, "generator": made}
     with joined(device) as ranks, ExitStack() as written:
         data = Latents.open(encoded, ranks.device)
-        work = written.enter_context(WorkFolder("finetune", config, inputs)) if ranks.main else None
+        work = written.enter_context(WorkFolder("finetune", config, inputs, device=ranks.device)) if ranks.main else None
         draft = written.enter_context(new_artifact(denoiser, "denoiser", config, inputs)) if ranks.main else None
         for seed in config.seeds:
             facts, last = _tune(config, seed, data, made, ranks, work, draft, record)

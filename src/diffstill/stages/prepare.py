@@ -44,9 +44,11 @@ def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, re
 def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record: Record) -> dict[int, str]:
     """Keep every piece in `work`; the rejected images. Two pieces are in memory at a time."""
     pieces = dataset.pieces(config.shard_size)
-    left = [piece for piece in pieces if not work.holds(piece.name)]
-    finished = {piece.name for piece in pieces} - {piece.name for piece in left}
-    rejected = {int(row): reason for line in work.lines(REJECTED) if line["piece"] in finished for row, reason in line["rejected"].items()}
+    noted = {line["piece"]: line["rejected"] for line in work.lines(REJECTED)}
+    left = [piece for piece in pieces if piece.name not in noted or not work.holds(piece.name)]
+    for piece in left:
+        noted.pop(piece.name, None)
+    rejected = {int(row): reason for of_piece in noted.values() for row, reason in of_piece.items()}
     refuse_many_bad(dataset, rejected, config.max_bad_fraction)
     total = len(dataset.labels)
     done = total - sum(len(piece.rows) for piece in left)
@@ -55,8 +57,7 @@ def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record:
         closing(read_ahead(read_pieces(dataset, left, config.side, progress))) as reading,
     ):
         for read in reading:
-            if read.rejected:  # noted before its piece, whose presence says that both are kept
-                work.append(REJECTED, {"piece": read.piece.name, "rejected": read.rejected})
+            work.append(REJECTED, {"piece": read.piece.name, "rejected": read.rejected})
             work.save(read.piece.name, {"pixels": read.pixels, "labels": read.labels})
             rejected |= read.rejected
             refuse_many_bad(dataset, rejected, config.max_bad_fraction)

@@ -81,7 +81,7 @@ def pretrain(
         return _take_over(config, real, weights or _named(config.location), autoencoder or _named(config.autoencoder), generator, device, record)
     if weights or autoencoder:
         raise DiffstillError(f"{weights or autoencoder}: weights are given, but `pretrain.source` is scratch; set it to folder, or give no weights")
-    with WorkFolder("pretrain", config, {"images": real}) as work:
+    with WorkFolder("pretrain", config, {"images": real}, device=device) as work:
         metrics = _make(config, real, generator, work, device, record)
         work.clear()
     return metrics
