@@ -20,6 +20,8 @@ SHARED = "/var/diffstill-shared"
 """Where that for the inputs and the output of a TrainJob is."""
 CONFINED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 """What a container may do: nothing but compute."""
+MANAGER = "diffstill/pipelines"
+"""Who patches the runtime; Trainer's webhook takes nothing but a path below a domain."""
 MESH = {"sidecar.istio.io/inject": "false"}
 """Ranks talk to each other on ports of their own choice, which a service mesh does not let through."""
 
@@ -46,7 +48,7 @@ def order(infra: InfraConfig, nodes: TrainJobConfig, image: str) -> Order:
     resources = infra.resources["finetune"]
     template = {"metadata": {"annotations": MESH, "labels": labels("finetune")}, "spec": _pod(infra, nodes, resources)}
     replicated = {"name": NODE, "template": {"spec": {"template": template}}}
-    patch = {"manager": "diffstill", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
+    patch = {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
     job = {
         "apiVersion": API,
         "kind": "TrainJob",

@@ -11,6 +11,8 @@ from pipelines.nodes import CACHE, SHARED, SHARED_MEMORY, WORK, labels, order, q
 from pipelines.settings import InfraConfig, Resources, TrainJobConfig
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
+WAITING = 30 * 86400
+"""Seconds that an attempt may wait for a node or a place in the queue, or work where it has no timeout."""
 NEVER_CACHED = ("preflight", "publish")
 """Tasks whose effect is outside: what they have done once may be gone."""
 
@@ -45,7 +47,7 @@ class Placement:
         if resources.timeout_minutes:
             kubernetes.set_timeout(task, 60 * resources.timeout_minutes)
         if resources.retries and name != "preflight":
-            task.set_retry(resources.retries, f"{resources.retry_seconds}s", 2.0, f"{resources.retry_max_seconds}s")
+            _retry(task, resources)
         return task
 
     def _launcher(self, task: PipelineTask, nodes: TrainJobConfig) -> Resources:
@@ -87,6 +89,18 @@ def _amounts(task: PipelineTask, resources: Resources) -> None:
         task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
     if resources.shared_memory:
         kubernetes.empty_dir_mount(task, "shared-memory", SHARED_MEMORY, medium="Memory", size_limit=resources.shared_memory)
+
+
+def _retry(task: PipelineTask, resources: Resources) -> None:
+    """Let all attempts have their time.
+
+    Argo bounds the whole of them by one window, which opens when the first begins to wait for a node, and ends the last
+    attempt with it. It knows no longest pause.
+    """
+    doubling = resources.retry_seconds * 2 ** (resources.retries - 1) <= resources.retry_max_seconds
+    pauses = resources.retry_seconds * (2**resources.retries - 1 if doubling else resources.retries)
+    window = (resources.retries + 1) * (WAITING + 60 * (resources.timeout_minutes or 0)) + pauses
+    task.set_retry(resources.retries, f"{resources.retry_seconds}s", 2.0 if doubling else 1.0, f"{window}s")
 
 
 def _node(task: PipelineTask, resources: Resources) -> None:

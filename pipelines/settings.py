@@ -19,6 +19,10 @@ MAX_ITERATIONS = 30
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 """The name of a Kubernetes object."""
+Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
+"""The value of a Kubernetes label."""
+LabelName = Annotated[Name, Field(max_length=63)]
+"""The name of an object that a label names, too."""
 Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 """The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
@@ -67,12 +71,14 @@ class Resources(Section):
     cpu: Quantity | None = Field(None, description="CPU request and limit; null = the namespace's default")
     memory: Quantity | None = Field(None, description="memory request and limit; null = the namespace's default")
     shared_memory: Quantity | None = Field(None, description="size of /dev/shm; null = the container runtime's 64 MiB")
-    node_selector: Mapping[str, str] = Field({}, description="labels that the node must have")
+    node_selector: Mapping[str, Label] = Field({}, description="labels that the node must have")
     tolerations: tuple[Toleration, ...] = Field((), description="taints that the node may have")
     timeout_minutes: Annotated[int, Field(ge=1)] | None = Field(None, description="the task fails after this time; null = never")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="times that a failed task is tried again")
     retry_seconds: Annotated[int, Field(ge=0)] = Field(30, description="pause before the first retry, doubled before each further one")
-    retry_max_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(600, description="longest pause before a retry")
+    retry_max_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        600, description="longest pause before a retry; where doubling would pass it, all pauses are alike"
+    )
 
     @model_validator(mode="after")
     def _room_to_talk(self) -> Self:
@@ -101,8 +107,8 @@ class InfraConfig(Section):
 
     service_account: Name | None = Field(None, description="service account of the pods; null = the installation's default")
     image_pull_secrets: tuple[Name, ...] = Field((), description="secrets with which images are pulled")
-    queue: Name | None = Field(None, description="Kueue queue that GPU pods wait in (label kueue.x-k8s.io/queue-name); null = none")
-    priority: Name | None = Field(
+    queue: LabelName | None = Field(None, description="Kueue queue that GPU pods wait in (label kueue.x-k8s.io/queue-name); null = none")
+    priority: LabelName | None = Field(
         None, description="Kueue's WorkloadPriorityClass of GPU pods (label kueue.x-k8s.io/priority-class), with a queue; null = that of the pods"
     )
     run_as_non_root: bool = Field(True, description="refuse to start a container as root")

@@ -19,8 +19,8 @@ from pipelines.package import write_package
 from pipelines.settings import Settings
 
 log = logging.getLogger("diffstill")
-SCHEDULED_TIME = "[[ScheduledTime]]"
-"""Kubeflow puts the time of a recurring run in its place."""
+CURRENT_TIME = "[[CurrentTime]]"
+"""Kubeflow puts the time at which a run is made in its place; it leaves `[[ScheduledTime]]` and `[[Index]]` as they are."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Submission:
         """For a schedule: each run takes the data as they are then, and its time keeps it from being served from the cache."""
         if not self.asked.prepare.location:
             return self
-        unpinned = {"prepare": self.asked.prepare.canonical(), "params": self.asked.canonical(), "data_version": SCHEDULED_TIME}
+        unpinned = {"prepare": self.asked.prepare.canonical(), "params": self.asked.canonical(), "data_version": CURRENT_TIME}
         return replace(self, arguments={**self.arguments, **unpinned})
 
     def told(self) -> dict[str, Any]:

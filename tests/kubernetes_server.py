@@ -26,6 +26,8 @@ from servers import free_port
 NAMESPACE, RUNTIME, TOKEN = "team", "torch-distributed", "t0ken-that-nobody-may-see"
 TRAINER = "/apis/trainer.kubeflow.org/v1alpha1"
 CREATED = "2026-11-20T12:00:00Z"
+LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+SUBDOMAIN = rf"{LABEL}(\.{LABEL})*"
 
 
 @dataclass(frozen=True)
@@ -225,16 +227,41 @@ def _check(body):
         raise Refused(422, "metadata.name must match RFC 1035 DNS label format")
     if body["spec"]["runtimeRef"]["name"] != RUNTIME:
         raise Refused(403, 'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: specified runtime must be created')
-    names = [variable["name"] for variable in body["spec"]["trainer"]["env"]]
-    if len(set(names)) < len(names) or any(name.startswith("PET_") for name in names):
-        raise Refused(422, f"spec.trainer.env: {names}")
-    for patch in body["spec"].get("runtimePatches", []):
-        for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
-            for container in job["template"]["spec"]["template"]["spec"].get("containers", []):
-                if job["name"] != "node" or container["name"] != "node":
-                    raise Refused(422, "must not have container that doesn't exist in the runtime job")
-                if container.get("env"):
-                    raise Refused(422, "must not have envs for the node container")
+    if errors := [*_jobset_errors(body["spec"]), *_torch_errors(body["spec"]["trainer"])]:
+        raise Refused(403, f'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: {"; ".join(errors)}')
+
+
+def _jobset_errors(spec):
+    """Trainer 2.3.0, pkg/runtime/framework/plugins/jobset/jobset.go, `Validate`, for a runtime whose one job `node` has one container `node`.
+
+    What it says of initializers and of changes to a TrainJob is told by other tests: we send neither.
+    """
+    patches = spec.get("runtimePatches", [])
+    managers = [patch["manager"] for patch in patches]
+    if len(set(managers)) < len(managers):
+        yield f"spec.runtimePatches: Duplicate value: {managers}"
+    for patch in patches:
+        domain, slash, path = patch["manager"].partition("/")  # IsDomainPrefixedPath of k8s.io/apimachinery/pkg/api/validation
+        if not slash or not re.fullmatch(SUBDOMAIN, domain) or not re.fullmatch(r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+", path):
+            yield f'spec.runtimePatches.manager: "{patch["manager"]}" must be a domain-prefixed path (such as "acme.io/foo")'
+        for job in patch.get("trainingRuntimeSpec", {}).get("template", {}).get("spec", {}).get("replicatedJobs", []):
+            pod = job.get("template", {}).get("spec", {}).get("template", {}).get("spec", {})
+            if job["name"] != "node":
+                yield "must not have replicatedJob that doesn't exist in the runtime job template"
+            for container in (*pod.get("initContainers", []), *pod.get("containers", [])):
+                if container["name"] != "node":
+                    yield f"must not have container that doesn't exist in the runtime job {job['name']}"
+                elif container.get("env"):
+                    yield "must not have envs for the dataset-initializer, model-initializer, node containers"
+
+
+def _torch_errors(trainer):
+    """Trainer 2.3.0, pkg/runtime/framework/plugins/torch/torch.go, `Validate`; and that a list of variables has each name once."""
+    names = [variable["name"] for variable in trainer["env"]]
+    if reserved := {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"} & set(names):
+        yield f"spec.trainer.env: must not have reserved envs, invalid envs configured: {sorted(reserved)}"
+    if len(set(names)) < len(names):
+        yield f"spec.trainer.env: Duplicate value: {names}"
 
 
 def _pod(job, number, phase, attempt):

@@ -47,6 +47,15 @@ def test_a_stage_runs_with_its_section_and_logs_what_it_measured(tiny_chain, tmp
     assert json.loads((tmp_path / "metrics").read_text()) == out["metrics"].logged
 
 
+def test_a_schedule_whose_runs_cannot_be_told_apart_is_refused(tmp_path, capsys):
+    """Its first run would fill the cache for all others."""
+    with pytest.raises(SystemExit) as ended:
+        run_task("prepare", "{}", data_version="[[CurrentTime]]", **handed(tmp_path, "images", "metrics"))
+    assert ended.value.code == 2
+    assert "the data version is '[[CurrentTime]]'" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
+
+
 def test_options_that_are_empty_are_not_given(tiny_chain, tmp_path):
     out = handed(tmp_path, "distilled", "metrics", "sheet")
     given = handed(tiny_chain.artifacts, "generator", "denoiser")

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from diffstill.config import Params, read_json
 from diffstill.doctor import Needs, preflight
+from diffstill.errors import DiffstillError
 from diffstill.launch import Work, device_here, launch, one_message, ranks_here
 from diffstill.run import STAGES, run_stage
 from diffstill.summary import markdown
@@ -63,6 +64,7 @@ def run_task(
     """
     with one_message():
         if data_version:
+            _refuse_macro(data_version)
             log.info("data version %s", data_version)
         options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
         paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}
@@ -89,6 +91,15 @@ def _measured(stage: str, config: str, step: str, paths: Mapping[str, Any], opti
         if (ranks := ranks_here()) > 1:
             return launch(work, ranks)
     return run_stage(stage, section, paths, step=step, device=device_here() if STAGES[stage].on_device else "cpu", **options)
+
+
+def _refuse_macro(data_version: str) -> None:
+    """Of a schedule whose runs cannot be told apart the cache would serve the first for ever."""
+    if data_version.startswith("[["):
+        raise DiffstillError(
+            f"the data version is {data_version!r}: this Kubeflow does not fill in the time of a run, so that each run of the schedule would be served the "
+            "data of the first; use Kubeflow Pipelines 2.17 or later, or submit runs one by one"
+        )
 
 
 def run_preflight(needs: str, params: str) -> None:

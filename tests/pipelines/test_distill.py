@@ -341,7 +341,12 @@ def test_a_task_gets_what_its_settings_say(placed):
     assert kubernetes["activeDeadlineSeconds"] == "600"
     assert [(each["mountPath"], each["medium"], each["sizeLimit"]) for each in kubernetes["emptyDirMounts"]] == [("/dev/shm", "Memory", "16Gi")]
     assert kubernetes["securityContext"] == {"runAsUser": "4711", "runAsGroup": "4711", "runAsNonRoot": True}
-    assert placed.tasks["finetune"]["retry"] == {"maxRetryCount": 5, "backoffDuration": "7s", "backoffFactor": 2.0, "backoffMaxDuration": "70s"}
+    assert placed.tasks["finetune"]["retry"] == {
+        "maxRetryCount": 5,
+        "backoffDuration": "7s",
+        "backoffFactor": 1.0,
+        "backoffMaxDuration": f"{6 * (2_592_000 + 600) + 35}s",
+    }
 
 
 def test_a_task_without_a_gpu_waits_in_no_queue(placed):
