@@ -239,7 +239,8 @@ def flip_a_bit(path: Path) -> None:
         (lambda folder: edit(folder, lambda manifest: manifest | {"host": "here"}), "manifest.json: not a manifest of schema 1"),
         (lambda folder: edit(folder, lambda manifest: manifest | {"kind": "scores"}), "holds a `scores` artifact where `images` is expected"),
         (lambda folder: edit(folder, lambda manifest: manifest | {"files": {}}), "b.txt: not listed in the manifest"),
-        (lambda folder: edit(folder, lambda manifest: manifest | {"files": {"../x": "0"}}), "listed in the manifest but missing"),
+        (lambda folder: edit(folder, lambda manifest: manifest | {"files": {"../x": "0"}}), "names '../x' in `files`"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "manifest.json: not a manifest of schema 1"),
     ],
 )
 def test_damage_is_found_and_named(damage, message, folder):

@@ -526,7 +526,7 @@ def test_a_gap_in_the_lineage_is_refused(tmp_path):
         ({"facts": {"seeds": []}}, "does not say what a distilled set must .`seeds`"),
         ({"facts": {"side": "8"}}, "does not say what a distilled set must .`side`"),
         ({"facts": {"images_per_class": 3}}, r"lists no seed-0/cat & <dog>/00002\.png"),
-        ({"facts": {"classes": ["../../x"]}}, r"lists no seed-0/\.\./\.\./x/00000\.png"),
+        ({"facts": {"classes": ["x"]}}, r"lists no seed-0/x/00000\.png"),
         ({"files": {f"seed-0/{CLASSES[0]}/00000.png": b"no picture"}}, r"00000\.png: cannot be read as PNG"),
         ({"files": {f"seed-0/{CLASSES[0]}/00000.png": png((8, 9))}}, r"00000\.png: is no PNG of 8 x 8 pixels in 1 channel;"),
         ({"files": {f"seed-0/{CLASSES[0]}/00001.png": png((8, 8, 3))}}, r"00001\.png: is no PNG of 8 x 8 pixels in 1 channel;"),

@@ -166,15 +166,15 @@ def test_a_damaged_file_is_refused_by_name_even_if_it_is_not_asked_for(damaged: 
 
 
 @pytest.mark.parametrize(
-    ("fact", "value", "file"), [("images_per_class", 4, "zebra/00003.png"), ("classes", ["../../zebra"], "../../zebra/00000.png")]
+    ("fact", "value", "file"), [("images_per_class", 4, "zebra/00003.png"), ("classes", ["../zebra"], None), ("classes", ["lion"], "lion/00000.png")]
 )
-def test_only_files_of_the_manifest_are_opened(fact: str, value: object, file: str, folder: Path, tmp_path: Path) -> None:
+def test_only_files_of_the_manifest_are_opened(fact: str, value: object, file: str | None, folder: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["facts"][fact] = value
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DiffstillError, match=f"lists no seed-5/{file}"):
+    with pytest.raises(DiffstillError, match=f"lists no seed-5/{file}" if file else "which is no name of a file or folder"):
         open_set(copied)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -24,13 +25,14 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from diffstill.config import Section
 from diffstill.environment import maker
 from diffstill.errors import DiffstillError
+from diffstill.names import is_inside, is_name
 
 log = logging.getLogger("diffstill")
 Kind = Literal["images", "generator", "latents", "denoiser", "distilled", "scores", "report", "card"]
@@ -54,6 +56,24 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     facts: dict[str, Any]
     files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _leads_nowhere_else(self) -> Self:
+        """Files, classes, students, seeds and digests become paths, wherever an artifact is used: no manifest has others than these."""
+        single = {name: self.facts[name] for name in ("classes", "students", "sources", "source") if name in self.facts}
+        for what, found in ({"inputs": list(self.inputs)} | single).items():
+            for name in found if isinstance(found, list) else [found]:
+                if not is_name(name):
+                    raise ValueError(f"names {name!r:.80} in `{what}`, which is no name of a file or folder")
+        for name in self.files:
+            if not is_inside(name):
+                raise ValueError(f"names {name!r:.80} in `files`, which is no path of a file in its folder")
+        if wrong := [digest for digest in self.inputs.values() if not is_digest(digest)]:
+            raise ValueError(f"names {wrong[0]!r:.80} in `inputs`, which is no SHA-256")
+        seeds = self.facts.get("seeds", [])
+        if not isinstance(seeds, list) or any(type(seed) is not int for seed in seeds):
+            raise ValueError(f"names {seeds!r:.80} in `seeds`, which are no whole numbers")
+        return self
 
     def text(self) -> str:
         """The bytes of `manifest.json`."""
@@ -86,6 +106,11 @@ class Draft:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def is_digest(text: str) -> bool:
+    """Whether it is a SHA-256 in hexadecimal, as folders of the cache and kept ancestors are named."""
+    return bool(re.fullmatch("[0-9a-f]{64}", text))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -104,10 +129,18 @@ def read_manifest(folder: Path, kind: Kind) -> Artifact:
         if found != kind:
             raise DiffstillError(f"{folder}: holds a `{found}` artifact where `{kind}` is expected; pass the `{kind}` folder")
         return Artifact(folder, Manifest.model_validate(raw))
-    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValidationError as error:
+        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA} ({_told(error)}); remove {folder} and run its stage again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DiffstillError(
             f"{path}: not a manifest of schema {SCHEMA} ({type(error).__name__}); remove {folder} and run its stage again"
         ) from error
+
+
+def _told(error: ValidationError) -> str:
+    """What is wrong first."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": Value error, ")
 
 
 def open_artifact(folder: Path, kind: Kind, *, shard: bool = False) -> Artifact:
@@ -159,7 +192,10 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
         with ThreadPoolExecutor() as threads:
             files = {path.relative_to(draft.folder).as_posix(): digest for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
-        manifest = Manifest(kind=kind, config=config.plain(), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
+        try:
+            manifest = Manifest(kind=kind, config=config.plain(), inputs=digests, facts=draft.facts, files=dict(sorted(files.items())))
+        except ValidationError as error:
+            raise DiffstillError(f"{folder}: the manifest {_told(error)}; mend what it is made from") from error
         (draft.folder / MANIFEST).write_text(manifest.text())
         _replace(draft.folder, folder)
     finally:
@@ -192,7 +228,7 @@ def _ancestor(path: Path) -> Manifest:
     except FileNotFoundError as error:
         raise DiffstillError(f"{path}: missing, so the lineage has a gap; make the artifact anew with this version of diffstill") from error
     except ValidationError as error:
-        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA}; make the artifact anew") from error
+        raise DiffstillError(f"{path}: not a manifest of schema {SCHEMA} ({_told(error)}); make the artifact anew") from error
     if hashlib.sha256(manifest.text().encode()).hexdigest() != path.stem:
         raise DiffstillError(f"{path}: has another digest than its name says; make the artifact anew")
     return manifest
@@ -213,7 +249,7 @@ def _kind_at(folder: Path) -> str | None:
     """The kind that the manifest names, of whatever schema; None without a manifest of ours."""
     try:
         raw = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
     known = isinstance(raw, dict) and "schema_version" in raw and raw.get("kind") in get_args(Kind)
     return str(raw["kind"]) if known else None

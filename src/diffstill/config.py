@@ -21,6 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError, without_secrets
+from diffstill.names import is_name
 from diffstill.protocols import PROTOCOLS, protocol
 
 
@@ -39,6 +40,13 @@ def _without_credentials(location: str | None) -> str | None:
     if parts.netloc and (parts.password is not None or named_user or (parts.query and not parts.scheme.startswith("dvc+"))):
         raise ValueError("holds credentials or a query, which would be sent, logged and kept; remove them, and give credentials by the environment")
     return location
+
+
+def _one_name(text: str) -> str:
+    """It stands in the name of a folder."""
+    if not is_name(text):
+        raise ValueError("is no name of a folder, which its scores need; leave out slashes")
+    return text
 
 
 Each = AfterValidator(_once)
@@ -237,7 +245,7 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """Students trained from scratch on a small set, tested on real images."""
 
-    students: Annotated[tuple[str, ...], Field(min_length=1), Each] = Field(
+    students: Annotated[tuple[Annotated[str, AfterValidator(_one_name)], ...], Field(min_length=1), Each] = Field(
         ("convnet-2",), description="networks: convnet-<depth>, resnetap-10, resnet-18 (instance norm) or any timm model by name"
     )
     images_per_class: Annotated[tuple[Size, ...], Field(min_length=1), Each] = Field((1, 10), description="set sizes that are judged")

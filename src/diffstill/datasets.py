@@ -668,7 +668,7 @@ def _unpacked(location: str, record: Record) -> Path:
         if not unpacked.is_dir():
             with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=unpacked.parent) as scratch:
                 if _is_url(location):
-                    path = Path(scratch) / Path(location).name
+                    path = Path(scratch) / "archive.tgz"
                     with _session() as session:
                         _stream(session, location, path, record)
                 _extract(path, location, Path(scratch) / "files", record)

@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from diffstill import storage
 from diffstill.errors import DiffstillError, without_secrets
+from diffstill.names import is_inside
 from diffstill.record import Record, ignore
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dvc_data.index import DataIndex, DataIndexEntry
 
 FORM = "dvc+https://<host>/<repository>?rev=<branch, tag or commit>&path=<folder>, optionally with &md5=<DVC's md5 of the folder>"
+MD5 = r"[0-9a-f]{32}(\.dir)?"
 SCHEMES = ("https", "http", "ssh", "file")
 TRANSFERS = 8
 _SHOWN = 3
@@ -218,7 +220,7 @@ def _parse_dvc(location: str) -> DvcReference:
         unquote(parts.path) if parts.scheme == "file" else where,
         _fitting(location, "rev", values["rev"], r"[^-\s][^\s]*"),
         _inside(location, values["path"].rstrip("/")),
-        _fitting(location, "md5", values["md5"], r"[0-9a-f]{32}(\.dir)?") if "md5" in values else None,
+        _fitting(location, "md5", values["md5"], MD5) if "md5" in values else None,
     )
 
 
@@ -229,7 +231,7 @@ def _fitting(location: str, name: str, value: str, pattern: str) -> str:
 
 
 def _inside(location: str, path: str) -> str:
-    if not storage.is_inside(path):
+    if not is_inside(path):
         raise _malformed(location, f"`path` {path!r} is no path of a folder inside the repository")
     return path
 
@@ -286,6 +288,8 @@ def _pinned(reference: DvcReference, repository: Repo) -> DvcReference:
         raise DiffstillError(f"{reference}: {reference.path!r} is a file; name the folder that has it")
     _refuse_git_files(reference, repository)
     md5 = found.get("md5") or _digest(_listed(index, reference))
+    if not re.fullmatch(MD5, md5):  # a folder of the cache is named after it
+        raise DiffstillError(f"{reference}: the repository says md5 {md5!r:.80}, which is none; add the folder to DVC anew")
     if reference.md5 not in (None, md5):
         raise DiffstillError(f"{reference}: DVC says md5 {md5} for that revision; correct `rev` or `md5`, one of them names other data")
     return replace(reference, revision=repository.get_rev(), md5=md5)
@@ -314,7 +318,7 @@ def _listed(index: DataIndex, reference: DvcReference) -> dict[str, str]:
         name = "/".join(entry.key[depth:])
         if not entry.hash_info or entry.hash_info.name != "md5":
             raise DiffstillError(f"{reference}: {name!r} has no md5 of DVC 3; run `dvc cache migrate --dvc-files`, commit and push")
-        if not storage.is_inside(name):
+        if not is_inside(name):
             raise DiffstillError(f"{reference}: DVC lists {name!r}, which is no path of a file below the folder; add the folder to DVC anew")
         listed[name] = entry.hash_info.value
     return listed

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from diffstill import __version__, storage
-from diffstill.artifacts import MANIFEST, Artifact, Kind, cache_folder, open_artifact, read_manifest
+from diffstill.artifacts import MANIFEST, Artifact, Kind, cache_folder, is_digest, open_artifact, read_manifest
 from diffstill.environment import environment
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import Lineage
+from diffstill.names import is_name
 from diffstill.record import Record, ignore
 from diffstill.scores import gain
 from diffstill.stages.publish import Release
@@ -194,6 +195,8 @@ class Registry:
             wanted = f"alias {reference.alias!r}" if reference.number is None else f"version {reference.number}"
             shown = (f"{number} (deprecated)" if DEPRECATED in one.tags else number for number, one in versions.items())
             raise DiffstillError(f"{reference.name}: has no {wanted}; it has the versions {_some(shown)} and the aliases {_some(sorted(aliases))}")
+        if not is_name(found.name):  # a folder is named after it
+            raise DiffstillError(f"{self.address} calls {reference.name!r} {found.name!r:.80}, which is no name of a folder; ask who runs it")
         return found
 
     @property
@@ -446,6 +449,8 @@ def _some(values: Iterable[Any]) -> str:
 
 def cached(digest: str, kind: Kind, where: str, fill: Callable[[Path], None]) -> Path:
     """The artifact of that digest in the cache, verified; `fill` brings it from `where` if it is not there yet."""
+    if not is_digest(digest):
+        raise DiffstillError(f"{where}: is said to have the SHA-256 {digest!r:.80}, which is none; publish it anew")
     folder = cache_folder() / kind / digest
 
     def arrive(partial_folder: Path) -> None:

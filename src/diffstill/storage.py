@@ -31,6 +31,7 @@ from filelock import FileLock
 
 from diffstill.artifacts import DESKTOP_LITTER
 from diffstill.errors import DiffstillError, without_secrets
+from diffstill.names import is_inside
 from diffstill.record import Progress, Record, ignore
 
 log = logging.getLogger("diffstill")
@@ -291,12 +292,6 @@ def appear(folder: Path, fill: Callable[[Path], object]) -> None:
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_inside(name: str) -> bool:
-    """Whether a name from outside is the path of a file below the folder that it is meant for."""
-    path = PurePosixPath(name)
-    return str(path) == name and "\0" not in name and name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def _refuse_no_paths(uri: str, names: list[str]) -> None:
