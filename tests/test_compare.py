@@ -196,17 +196,26 @@ def test_an_untuned_set_parts_where_it_is_drawn(tmp_path):
 # Scores
 
 
-def test_differences_are_those_of_welch_over_generation_seeds(comparison):
+def test_differences_are_paired_by_generation_seed(comparison):
     (score,) = comparison.scores
     assert (score.student, score.images_per_class) == (STUDENT, 1)
     for difference, scale in ((score.test, 1), (score.validation, 0.5)):
         ours, theirs = ([scale * sum(seed) / 2 for seed in accuracies] for accuracies in (B, A))
-        expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
         assert difference.gain.points == pytest.approx(scale * 100 * (0.73 - 0.62666667))
         assert (difference.gain.low, difference.gain.high) == pytest.approx((100 * expected.low, 100 * expected.high))
     assert (score.first.test.mean, score.first.test.runs) == (pytest.approx(0.62666667), 6)
     assert score.first.test.sd == pytest.approx(np.std(np.ravel(A), ddof=1))
     assert score.second.validation.mean == pytest.approx(0.365)
+
+
+def test_sets_of_other_generation_seeds_are_compared_by_welch(tmp_path):
+    found = compared(judged(tmp_path / "a", A), judged(tmp_path / "b", B[:2], draw=1))
+    ours, theirs = ([sum(seed) / 2 for seed in accuracies] for accuracies in (B[:2], A))
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (found.scores[0].test.gain.low, found.scores[0].test.gain.high) == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert ", Welch</span>" in render(found)
+    assert ", paired</span>" not in render(found)
 
 
 def test_numbers_are_printed(comparison):
@@ -251,6 +260,12 @@ def test_another_protocol_is_not_compared(tmp_path):
     assert found.scores[0].validation.reason == "not comparable: judged by protocol short-20 against short-200"
     assert "B − A: not comparable: judged by protocol short-20 against short-200" in text(found)
     assert not any("shown to be better" in finding for finding in found.findings)
+
+
+def test_other_student_seeds_are_not_compared(tmp_path):
+    found = compared(judged(tmp_path / "a", A), judged(tmp_path / "b", [seeds[:1] for seeds in B], draw=1))
+    assert found.scores[0].test.gain is None
+    assert found.scores[0].test.reason == "not comparable: judged by student seeds 0, 1 against 0"
 
 
 def test_other_students_and_sizes_stand_alone(tmp_path):

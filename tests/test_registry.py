@@ -181,8 +181,11 @@ def test_every_name_that_can_be_published_can_be_referred_to(name, number):
 # --- aliases, as a function of the versions -----------------------------------------------------------------------
 
 
-def a_version(number: int, seeds=(), size: int = 10, field: str = "a", deprecated: bool = False, content: str | None = None) -> Version:
-    tags = {MARK: "0", CONTENT: content or str(number), "images_sha256": field, "protocol": "p", "students": "s"}
+def a_version(
+    number: int, seeds=(), size: int = 10, field: str = "a", deprecated: bool = False, content: str | None = None, drawn: str = ""
+) -> Version:
+    tags = {MARK: "0", CONTENT: content or str(number), "images_sha256": field, "protocol": "p", "students": "s", "student_seeds": "0"}
+    tags |= {"seeds": drawn} if drawn else {}
     tags |= {f"val_seeds/ipc{size}": json.dumps(list(seeds))} if seeds else {}
     return Version("m", number, tags | ({DEPRECATED: "why"} if deprecated else {}), (), "", datetime.now(UTC), "")
 
@@ -236,7 +239,15 @@ def test_the_best_moves_to_a_comparable_version_beyond_noise_and_only_then(versi
         assert after | {"newest": 0} == before | {"newest": 0}, "other sizes stay"
 
 
-@pytest.mark.parametrize("field", ["images_sha256", "protocol", "students"])
+def test_versions_that_share_noise_are_paired():
+    """All seeds are better by about a point, among seeds that are ten points apart."""
+    holder, better = (0.70, 0.80, 0.90), (0.71, 0.811, 0.909)
+    assert elect([a_version(1, holder, drawn="0, 1, 2"), a_version(2, better, drawn="0, 1, 2")])["best-ipc10"] == 2
+    assert elect([a_version(1, holder, drawn="0, 1, 2"), a_version(2, better, drawn="3, 4, 5")])["best-ipc10"] == 1
+    assert elect([a_version(1, holder), a_version(2, better)])["best-ipc10"] == 1, "who knows which seeds"
+
+
+@pytest.mark.parametrize("field", ["images_sha256", "protocol", "students", "student_seeds"])
 def test_versions_judged_by_other_measures_are_not_compared(field):
     first, second = a_version(1, (0.1, 0.11, 0.12)), a_version(2, (0.9, 0.91, 0.92))
     assert elect([first, second])["best-ipc10"] == 2

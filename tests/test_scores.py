@@ -14,7 +14,7 @@ from diffstill.artifacts import Artifact, new_artifact, open_artifact
 from diffstill.config import EvaluateConfig
 from diffstill.errors import DiffstillError
 from diffstill.metrics import label_robust_score
-from diffstill.scores import SCORES, Run, flat, gain, metrics, read_lines, read_runs, table, validations
+from diffstill.scores import SCORES, Gain, Run, flat, gain, metrics, read_lines, read_runs, table, validations
 from experiments import DISTILLED, RANDOM, STUDENT, UNTUNED, all_lines, line
 
 OTHER = "resnet-10"
@@ -59,6 +59,17 @@ def test_gains_and_scores_stand_where_they_mean_something(cells):
     assert (full.over_random, full.over_untuned, full.label_robust_score, full.leads) == (None, None, None, False)
 
 
+def test_a_score_takes_the_ceiling_of_its_own_student():
+    accuracies = {STUDENT: (0.3, 0.5, 0.9), OTHER: (0.2, 0.6, 0.7)}
+    lines = [
+        a_line(source, size, seed, 0, value, student=student)
+        for student, values in accuracies.items()
+        for (source, size, seed), value in zip((("random", 1, 0), ("distilled", 1, 0), ("full", None, None)), values, strict=True)
+    ]
+    found = {cell.student: cell.label_robust_score for cell in table(runs_of(lines)) if cell.source == "distilled"}
+    assert found == {student: pytest.approx(label_robust_score(ours, random, full)) for student, (random, ours, full) in accuracies.items()}
+
+
 def test_one_small_set_of_a_column_leads(cells):
     assert [key for key, cell in cells.items() if cell.leads] == [("distilled", 1), ("distilled", 2)]
 
@@ -91,7 +102,7 @@ def test_metrics_are_a_tree_without_empty_leaves(cells):
 SEVERAL = st.lists(ACCURACY, min_size=2, max_size=6)
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, here
 @given(SEVERAL.filter(lambda values: len(set(values)) > 1), SEVERAL)
 def test_the_interval_is_that_of_welch(values, base):
     expected = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
@@ -100,6 +111,61 @@ def test_the_interval_is_that_of_welch(values, base):
     assert found.points == pytest.approx(100 * (np.mean(values) - np.mean(base)))
     verdict = "gain" if 100 * expected.low > 0 else "loss" if 100 * expected.high < 0 else "unclear"
     assert found.verdict == verdict
+
+
+@given(st.lists(st.tuples(ACCURACY, ACCURACY), min_size=2, max_size=6).filter(lambda pairs: len({round(a - b, 3) for a, b in pairs}) > 1))
+def test_the_paired_interval_is_that_of_the_differences(pairs):
+    values, base = zip(*pairs, strict=True)
+    differences = 100 * np.subtract(values, base)
+    half = stats.t.ppf(0.975, len(pairs) - 1) * np.std(differences, ddof=1) / math.sqrt(len(pairs))
+    found = gain(values, base, paired=True)
+    assert (found.low, found.high) == pytest.approx((differences.mean() - half, differences.mean() + half))
+    assert found.points == pytest.approx(differences.mean())
+
+
+def simulated(alike: float, paired: bool, seeds: tuple[int, int]) -> tuple[float, float]:
+    """Share of 600 experiments whose interval holds the true gain of 3 points, and the mean half width; sd 2.5 points, correlation `alike`."""
+    draws, held, widths = np.random.default_rng(0), 0, []
+    for _ in range(600):
+        common = draws.normal(0, math.sqrt(alike), max(seeds))
+        ours, theirs = (mean + 0.025 * (common[:n] + draws.normal(0, math.sqrt(1 - alike), n)) for mean, n in zip((0.53, 0.5), seeds, strict=True))
+        found = gain(list(ours), list(theirs), paired=paired)
+        held += found.low < 3 < found.high
+        widths.append((found.high - found.low) / 2)
+    return held / 600, float(np.mean(widths))
+
+
+def test_both_intervals_hold_the_true_gain_in_95_of_100_experiments_and_the_paired_one_is_narrow():
+    """Three seeds. Sets that share noise have correlated means: Welch's interval is then far too wide."""
+    paired, narrow = simulated(0.97, True, (3, 3))
+    unrelated, _ = simulated(0.0, True, (3, 3))
+    apart, _ = simulated(0.0, False, (3, 10))
+    wasteful, wide = simulated(0.97, False, (3, 3))
+    assert [paired, unrelated, apart] == pytest.approx([0.95] * 3, abs=0.02)
+    assert wasteful > 0.99
+    assert narrow < wide / 3
+
+
+def test_sets_that_share_noise_are_paired_and_others_are_not(cells):
+    means = {source: np.mean(found[1], axis=1) for source, found in (("random", RANDOM), ("untuned", UNTUNED), ("distilled", DISTILLED))}
+    ours = cells["distilled", 1]
+    low, high = stats.ttest_rel(means["distilled"], means["untuned"]).confidence_interval(0.95)
+    assert (ours.over_untuned.low, ours.over_untuned.high, ours.over_untuned.paired) == (pytest.approx(100 * low), pytest.approx(100 * high), True)
+    for cell in (ours, cells["untuned", 1]):
+        low, high = stats.ttest_ind(means[cell.source], means["random"], equal_var=False).confidence_interval(0.95)
+        assert (cell.over_random.low, cell.over_random.high, cell.over_random.paired) == (pytest.approx(100 * low), pytest.approx(100 * high), False)
+
+
+def test_pairs_are_those_of_one_generation_seed_in_whatever_order_runs_come():
+    ours = {0: 0.5, 3: 0.6, 7: 0.8}
+    lines = [a_line("untuned", 1, seed, 0, value - 0.1 - seed / 1000) for seed, value in reversed(ours.items())]
+    lines += [a_line("distilled", 1, seed, 0, value) for seed, value in ours.items()]
+    (found,) = (cell.over_untuned for cell in table(runs_of(lines)) if cell.source == "distilled")
+    low, high = stats.ttest_1samp([0.1, 0.103, 0.107], 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((100 * low, 100 * high))
+    other = [one | {"generation_seed": one["generation_seed"] + (one["source"] == "untuned")} for one in lines]
+    (found,) = (cell.over_untuned for cell in table(runs_of(other)) if cell.source == "distilled")
+    assert not found.paired
 
 
 @given(SEVERAL.filter(lambda values: len(set(values)) > 1), SEVERAL)
@@ -119,6 +185,17 @@ def test_no_interval_without_seeds_or_spread(values, base):
     found = gain(values, base)
     assert (found.low, found.high, found.verdict) == (None, None, "unknown")
     assert found.points == pytest.approx(100 * (np.mean(values) - np.mean(base)))
+
+
+@pytest.mark.parametrize(("values", "base"), [([0.5], [0.4]), ([0.5, 0.6, 0.4], [0.4, 0.5, 0.3])])
+def test_no_paired_interval_without_seeds_or_where_all_differences_are_equal(values, base):
+    found = gain(values, base, paired=True)
+    assert (found.points, found.low, found.high) == (pytest.approx(10), None, None)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 0.0), (0.0, 0.0)])
+def test_an_interval_that_ends_at_zero_shows_nothing(low, high):
+    assert Gain(0.5, low, high).verdict == "unclear"
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -156,8 +233,16 @@ def test_no_run_is_refused(tmp_path):
             [a_line("random", 1, 0, 0, 0.5), a_line("random", 1, 0, 1, 0.5), a_line("random", 1, 1, 0, 0.5)],
             "random, convnet-2, 1 images per class: generation seed 1 lacks student seed 1",
         ),
+        (
+            [a_line("random", 1, 0, 0, 0.5), a_line("random", 1, 0, 1, 0.5), a_line("distilled", 1, 0, 1, 0.5)],
+            "convnet-2: random by student seeds 0, 1 but distilled by student seeds 1; .* give all the same `evaluate.student_seeds`",
+        ),
+        (
+            [a_line("distilled", 1, 0, 0, 0.5), a_line("full", None, None, 0, 0.5), a_line("full", None, None, 1, 0.5)],
+            "convnet-2: distilled by student seeds 0 but full by student seeds 0, 1",
+        ),
     ],
-    ids=["protocols", "images", "twice", "full twice", "gap"],
+    ids=["protocols", "images", "twice", "full twice", "gap", "other student seeds", "other ceiling"],
 )
 def test_what_shares_no_table_is_refused(tmp_path, lines, message):
     scores = [write(tmp_path / str(number), [one]) for number, one in enumerate(lines)]
@@ -249,7 +334,7 @@ def test_other_sizes_sources_and_students_are_no_baseline():
     """A gain over what another, weaker student learns from real images would be one of the student."""
     ours = [a_line("distilled", 1, seed, 0, 0.9 + seed / 100) for seed in (0, 1)]
     assert validations(runs_of(ours)) == []
-    for changes in ({"images_per_class": 2}, {"source": "untuned"}, {"student": OTHER}):
+    for changes in ({"images_per_class": 2}, {"source": "untuned"}, {"student": OTHER}, {"student_seed": 1}):
         real = [a_line("random", 1, seed, 0, 0.1 + seed / 100, **changes) for seed in (0, 1)]
         assert validations(runs_of([*ours, *real])) == [], changes
     both = [one | {"student": student} for student in (STUDENT, OTHER) for one in ours]

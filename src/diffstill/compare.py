@@ -27,10 +27,10 @@ from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError
 from diffstill.html import data_uri, percent, plain, plural, signed, strip
 from diffstill.lineage import SECTIONS, Ancestor, Lineage
-from diffstill.metrics import Summary, summary
+from diffstill.metrics import Summary
 from diffstill.pictures import read_png
 from diffstill.registry import DEPRECATED, MARK, Found
-from diffstill.scores import SCORES, Cell, Gain, Run, by_seed, gain, read_lines, table
+from diffstill.scores import SCORES, Cell, Gain, Run, Split, difference, read_lines, table
 
 IMAGES_SHOWN = 10
 """Images of a class on the page."""
@@ -41,6 +41,7 @@ TAGS = {MARK: "diffstill", "git_sha": "commit", "image": "container image", "lic
 """Tags of a version that tell of code and terms, in a reader's words."""
 _NAMES: Mapping[Kind, str] = {"images": "real images", "distilled": "distilled set"}
 _ORIGINS = {"untuned": "the untuned generator", "distilled": "a fine-tuned generator"}
+INTERVALS = "paired where both have the same (then they share noise), else Welch's"
 OUTCOMES = {"gain": "B clearly better", "loss": "A clearly better", "unclear": "no difference shown", "unknown": "no interval, so no claim"}
 
 
@@ -341,21 +342,17 @@ def _hindrance(one: _Side, other: _Side, first: Sequence[Run], second: Sequence[
     protocols = [", ".join(sorted({run.protocol for run in runs})) for runs in (first, second)]
     if protocols[0] != protocols[1]:
         apart.append(f"judged by protocol {protocols[0]} against {protocols[1]}")
+    seeds = [", ".join(map(str, sorted({run.student_seed for run in runs}))) for runs in (first, second)]
+    if seeds[0] != seeds[1]:
+        apart.append(f"judged by student seeds {seeds[0]} against {seeds[1]}")
     if apart:
         return f"not comparable: {', '.join(apart)}"
     return "the same runs" if one.made.digest == other.made.digest and list(first) == list(second) else ""
 
 
-def _difference(accuracy: Literal["accuracy_val", "accuracy_test"], first: Sequence[Run], second: Sequence[Run]) -> Difference:
-    means = [_seed_means(runs, accuracy) for runs in (first, second)]
-    return Difference(gain(means[1], means[0])) if all(means) else Difference(None, "not comparable: not judged on a val split")
-
-
-def _seed_means(runs: Sequence[Run], accuracy: str) -> list[float]:
-    """Mean accuracy per generation seed: students on the same images are no independent samples. Empty if a run lacks it."""
-    if any(getattr(run, accuracy) is None for run in runs):
-        return []
-    return [summary([getattr(run, accuracy) for run in own]).mean for own in by_seed(runs).values()]
+def _difference(split: Split, first: Sequence[Run], second: Sequence[Run]) -> Difference:
+    found = difference(second, first, split)
+    return Difference(found) if found else Difference(None, "not comparable: not judged on a val split")
 
 
 # Settings
@@ -494,7 +491,7 @@ def render(comparison: Comparison) -> str:
     """The comparison as one HTML text: styles and pictures inside, no script, no outside request."""
     environment = Environment(loader=PackageLoader("diffstill"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "signed": signed, "plural": plural, "plain": plain, "coded": _coded, "address": _address}
-    return environment.get_template("compare.html.j2").render(comparison=comparison, outcomes=OUTCOMES, small=_small(comparison))
+    return environment.get_template("compare.html.j2").render(comparison=comparison, outcomes=OUTCOMES, intervals=INTERVALS, small=_small(comparison))
 
 
 def _coded(sentence: str) -> Markup:
@@ -533,7 +530,9 @@ def text(comparison: Comparison) -> str:
 
 
 def _score_table(scores: Sequence[Score]) -> Table:
-    found = Table(title="Accuracy of students, %: mean ± sd (runs); B − A in points, 95 % interval over generation seeds", title_justify="left")
+    found = Table(
+        title=f"Accuracy of students, %: mean ± sd (runs); B − A in points, 95 % interval over generation seeds, {INTERVALS}", title_justify="left"
+    )
     found.add_column("student")
     for head in ("IPC", "val A", "val B", "B − A", "test A", "test B", "B − A"):
         found.add_column(head, justify="right")

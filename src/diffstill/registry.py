@@ -29,7 +29,7 @@ from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import Lineage
 from diffstill.names import is_name
 from diffstill.record import Record, ignore
-from diffstill.scores import gain
+from diffstill.scores import Gain, gain
 from diffstill.stages.publish import Release
 from diffstill.tracking import OFF, StageRun, answering, connect, git_sha, tracking_uri
 
@@ -80,8 +80,8 @@ class Version:
 
     @property
     def field(self) -> tuple[str, ...]:
-        """Scores are compared only between versions that share this: real images, protocol, students."""
-        return tuple(self.tags.get(name, "") for name in ("images_sha256", "protocol", "students"))
+        """Scores are compared only between versions that share this: real images, protocol, students and their seeds."""
+        return tuple(self.tags.get(name, "") for name in ("images_sha256", "protocol", "students", "student_seeds"))
 
     def validations(self) -> dict[int, list[float]]:
         """Val accuracy per generation seed, by images per class."""
@@ -404,7 +404,7 @@ def elect(versions: Sequence[Version]) -> dict[str, int]:
     """Where the aliases belong: `newest` on the last version, `best-ipc<N>` on the first whose val score no later one beats beyond its noise.
 
     A later version takes `best-ipc<N>` over only if the 95 % interval of its val gain over the holder is above zero, and if both were
-    judged on the same real images by the same protocol and students. Deprecated versions hold nothing, nor do those that repeat a content:
+    judged on the same real images by the same protocol, students and student seeds. Deprecated versions hold nothing, nor do those that repeat a content:
     they are there for the moment in which two publish the same.
     """
     first: dict[str, Version] = {}
@@ -413,12 +413,19 @@ def elect(versions: Sequence[Version]) -> dict[str, int]:
     standing = [one for one in first.values() if DEPRECATED not in one.tags]
     best: dict[int, Version] = {}
     for one in standing:
-        for size, accuracies in one.validations().items():
+        for size in one.validations():
             holder = best.get(size)
-            if holder is None or (holder.field == one.field and gain(accuracies, holder.validations()[size]).verdict == "gain"):
+            if holder is None or (holder.field == one.field and _over(one, holder, size).verdict == "gain"):
                 best[size] = one
     newest = {NEWEST: standing[-1].number} if standing else {}
     return newest | {f"{BEST}{size}": one.number for size, one in best.items()}
+
+
+def _over(one: Version, holder: Version, size: int) -> Gain:
+    """What `one` gains over `holder` on val: paired where both were drawn with the same generation seeds, and so from the same noise."""
+    ours, theirs = one.validations()[size], holder.validations()[size]
+    seeds = one.tags.get("seeds"), holder.tags.get("seeds")
+    return gain(ours, theirs, paired=seeds[0] is not None and seeds[0] == seeds[1] and len(ours) == len(theirs))
 
 
 def _origins() -> dict[str, str]:

@@ -6,13 +6,14 @@ Accuracies are fractions between 0 and 1, gains are in points. Figures compare o
 from __future__ import annotations
 
 import itertools
-import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
 
@@ -28,16 +29,23 @@ REAL: tuple[Source, ...] = ("random",)
 """Real images of the same number: what a distilled set must beat."""
 Column = tuple[Source, str, int | None]
 """What the runs of one cell of a table share: source, student, images per class."""
+GENERATED: tuple[Source, ...] = ("untuned", "distilled")
+"""Sets drawn from a generator: image k of a class and generation seed begins from the same noise in all of them."""
+Split = Literal["accuracy_val", "accuracy_test"]
 Accuracy = Field(ge=0.0, le=1.0)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Accuracy above another source in points, with its 95 % interval; `low` and `high` are None where fewer than two seeds or no spread allow none."""
+    """Accuracy above another source in points, with its 95 % interval; `low` and `high` are None where fewer than two seeds or no spread allow none.
+
+    The interval is Welch's, or that of a paired t-test where both sources are `paired` by generation seed.
+    """
 
     points: float
     low: float | None
     high: float | None
+    paired: bool = False
 
     @property
     def verdict(self) -> Literal["gain", "loss", "unclear", "unknown"]:
@@ -114,6 +122,7 @@ def read_runs(scores: Sequence[Artifact]) -> list[Run]:
         if earlier.order == later.order:
             raise DiffstillError(f"{_named(later)} occurs twice in the scores; pass each scores folder once")
     _refuse_gaps(runs)
+    _refuse_other_students(runs)
     return runs
 
 
@@ -154,6 +163,19 @@ def _refuse_gaps(runs: Sequence[Run]) -> None:
                 )
 
 
+def _refuse_other_students(runs: Sequence[Run]) -> None:
+    """What one student seed is good for, all sources must share: it is no part of the interval of a difference."""
+    asked: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
+    for (source, student, _), cell in by_column(runs).items():
+        asked[student].setdefault(tuple(sorted({run.student_seed for run in cell})), source)
+    for student, found in asked.items():
+        if len(found) > 1:
+            told = " but ".join(f"{source} by student seeds {', '.join(map(str, seeds))}" for seeds, source in found.items())
+            raise DiffstillError(
+                f"{student}: {told}; sources compare only if the same students judge them, so give all the same `evaluate.student_seeds`"
+            )
+
+
 def by_column(runs: Iterable[Run]) -> dict[Column, list[Run]]:
     """Runs by source, student and images per class."""
     groups: dict[Column, list[Run]] = defaultdict(list)
@@ -192,7 +214,7 @@ def _cell(runs: Sequence[Run], groups: Mapping[Column, Sequence[Run]], means: Ma
         validation=summary(validations) if validations else None,
         best_test=summary([run.best_test for run in runs]),
         best_step=summary([run.best_step for run in runs]).mean,
-        over_random=_over("random", runs, groups) if source in ("untuned", "distilled") else None,
+        over_random=_over("random", runs, groups) if source in GENERATED else None,
         over_untuned=_over("untuned", runs, groups) if source == "distilled" else None,
         label_robust_score=_robust(runs[0], means),
         leads=source != "full" and means[source, student, size] == max(rivals),
@@ -200,34 +222,50 @@ def _cell(runs: Sequence[Run], groups: Mapping[Column, Sequence[Run]], means: Ma
 
 
 def _over(base: Source, runs: Sequence[Run], groups: Mapping[Column, Sequence[Run]]) -> Gain | None:
-    others = groups.get((base, *runs[0].column[1:]))
-    return gain(_seed_means(runs), _seed_means(others)) if others else None
+    return difference(runs, groups.get((base, *runs[0].column[1:]), ()), "accuracy_test")
 
 
-def _seed_means(runs: Sequence[Run]) -> list[float]:
-    """Mean test accuracy per generation seed: students on the same images are no independent samples."""
-    return [summary([run.accuracy_test for run in found]).mean for found in by_seed(runs).values()]
+def difference(runs: Sequence[Run], base: Sequence[Run], split: Split) -> Gain | None:
+    """What `runs` gain over `base`, over generation seeds; None where one has no run, or one of its runs was not judged on that split.
 
-
-def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
-    """Difference of means in points with Welch's two-sided 95 % interval, one value (a fraction) per generation seed.
-
-    No interval with fewer than two values on a side, or where nothing varies.
+    Generated sets of the same generation seeds share their noise and are paired.
     """
-    ours, theirs = summary(values), summary(base)
-    points = 100 * (ours.mean - theirs.mean)
-    if ours.sd is None or theirs.sd is None or max(ours.sd, theirs.sd) < 1e-12:
-        return Gain(points, None, None)
-    variances = ours.sd**2 / ours.runs, theirs.sd**2 / theirs.runs
-    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (ours.runs - 1) + variances[1] ** 2 / (theirs.runs - 1))
-    half = 100 * float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(variances))
-    return Gain(points, points - half, points + half)
+    ours, theirs = seed_means(runs, split), seed_means(base, split)
+    if not ours or not theirs:
+        return None
+    generated = all(run.source in GENERATED for run in (*runs, *base))
+    return gain(list(ours.values()), list(theirs.values()), paired=generated and ours.keys() == theirs.keys())
+
+
+def seed_means(runs: Iterable[Run], split: Split) -> dict[int | None, float]:
+    """Mean accuracy by generation seed, ascending: students on the same images are no independent samples. Empty if a run lacks it."""
+    values = {seed: [getattr(run, split) for run in own] for seed, own in sorted(by_seed(runs).items(), key=lambda item: item[0] or 0)}
+    if any(None in own for own in values.values()):
+        return {}
+    return {seed: summary(own).mean for seed, own in values.items()}
+
+
+def gain(values: Sequence[float], base: Sequence[float], *, paired: bool = False) -> Gain:
+    """Difference of means in points with its two-sided 95 % interval, one value (a fraction) per generation seed.
+
+    Welch's, or with `paired`, where `values[i]` and `base[i]` have something in common, that of the paired t-test: it holds where they have not, too, and
+    is narrower where they have. No interval with fewer than two values on a side, or where nothing varies.
+    """
+    points = 100 * (summary(values).mean - summary(base).mean)
+    samples = [np.subtract(values, base)] if paired else [values, base]
+    if min(map(len, samples)) < 2 or max(np.std(sample, ddof=1) for sample in samples) < 1e-12:
+        return Gain(points, None, None, paired)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # one side may well be constant
+        found = stats.ttest_rel(values, base) if paired else stats.ttest_ind(values, base, equal_var=False)
+    low, high = found.confidence_interval(0.95)
+    return Gain(points, 100 * float(low), 100 * float(high), paired)
 
 
 def _robust(run: Run, means: Mapping[Column, float]) -> float | None:
     """LRS with hard labels; None for real sources and where random real or the full-data ceiling is absent."""
     random, full = means.get(("random", run.student, run.images_per_class)), means.get(("full", run.student, None))
-    if run.source not in ("untuned", "distilled") or random is None or full is None:
+    if run.source not in GENERATED or random is None or full is None:
         return None
     return label_robust_score(means[run.column], random, full)
 
@@ -277,22 +315,16 @@ def validations(runs: Sequence[Run]) -> list[Validation]:
 
 
 def _validation(runs: Sequence[Run], size: int) -> Validation | None:
-    ours = _seed_validations(runs, "distilled", size)
-    alike = [source for source in REAL if _students(runs, source, size) == _students(runs, "distilled", size)]
-    rivals = {source: found for source in alike if (found := _seed_validations(runs, source, size))}
+    of_size = [run for run in runs if run.images_per_class == size]
+    own = {source: [run for run in of_size if run.source == source] for source in ("distilled", *REAL)}
+    ours = seed_means(own["distilled"], "accuracy_val")
+    alike = [source for source in REAL if _judges(own[source]) == _judges(own["distilled"])]
+    rivals = {source: means for source in alike if (means := seed_means(own[source], "accuracy_val"))}
     if not ours or not rivals:
         return None
-    best = max(rivals, key=lambda source: summary(rivals[source]).mean)
-    return Validation(size, tuple(ours), best, gain(ours, rivals[best]))
+    best = max(rivals, key=lambda source: summary(list(rivals[source].values())).mean)
+    return Validation(size, tuple(ours.values()), best, gain(list(ours.values()), list(rivals[best].values())))
 
 
-def _students(runs: Sequence[Run], source: Source, size: int) -> set[str]:
-    return {run.student for run in runs if (run.source, run.images_per_class) == (source, size)}
-
-
-def _seed_validations(runs: Sequence[Run], source: Source, size: int) -> list[float]:
-    """Mean val accuracy per generation seed, over students and their seeds; empty if one was not judged on val."""
-    found = [run for run in runs if (run.source, run.images_per_class) == (source, size)]
-    if any(run.accuracy_val is None for run in found):
-        return []
-    return [summary([run.accuracy_val for run in own if run.accuracy_val is not None]).mean for own in by_seed(found).values()]
+def _judges(runs: Sequence[Run]) -> set[tuple[str, int]]:
+    return {(run.student, run.student_seed) for run in runs}

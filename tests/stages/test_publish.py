@@ -67,7 +67,7 @@ def told(values, base) -> str:
 
 
 def by_seed(values, more: float = 0.0) -> np.ndarray:
-    return np.mean(values, axis=1) + more
+    return np.mean(values, axis=1) + more * np.array([0.98, 1.0, 1.02])
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------
@@ -232,6 +232,7 @@ def test_tags_say_all_that_a_version_is_searched_by(tmp_path, shelf):
         "generator_sha256": digests["generator"],
         "protocol": "short-20",
         "students": STUDENT,
+        "student_seeds": "0, 1",
         "images_sha256": digests["images"],
         "data_location": location,
         "data_revision": "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
@@ -240,14 +241,14 @@ def test_tags_say_all_that_a_version_is_searched_by(tmp_path, shelf):
         "report_sha256": open_artifact(tmp_path / "report", "report").digest,
         "bytes": str(size),
         "licence": "CC BY 4.0",
-        "test/convnet-2/ipc1": "82.7 ± 2.2 % (6 runs)",
-        "test/convnet-2/ipc2": "76.0 ± 3.0 % (6 runs)",
-        "val/convnet-2/ipc1": "41.3 ± 1.1 % (6 runs)",
-        "val/convnet-2/ipc2": "38.0 ± 1.5 % (6 runs)",
+        "test/convnet-2/ipc1": "82.7 ± 2.3 % (6 runs)",
+        "test/convnet-2/ipc2": "76.0 ± 3.1 % (6 runs)",
+        "val/convnet-2/ipc1": "41.3 ± 1.2 % (6 runs)",
+        "val/convnet-2/ipc2": "38.0 ± 1.6 % (6 runs)",
         "gain_over_random/convnet-2/ipc1": told(by_seed(DISTILLED[1], BETTER), by_seed(RANDOM[1])),
         "gain_over_random/convnet-2/ipc2": told(by_seed(DISTILLED[2], BETTER), by_seed(RANDOM[2])),
-        "val_seeds/ipc1": "[0.41, 0.41, 0.42]",
-        "val_seeds/ipc2": "[0.375, 0.385, 0.38]",
+        "val_seeds/ipc1": "[0.408, 0.41, 0.422]",
+        "val_seeds/ipc2": "[0.373, 0.385, 0.382]",
         "val_gain/ipc1": told(by_seed(DISTILLED[1], BETTER) / 2, by_seed(RANDOM[1]) / 2),
         "val_gain/ipc2": told(by_seed(DISTILLED[2], BETTER) / 2, by_seed(RANDOM[2]) / 2),
     }
@@ -312,12 +313,12 @@ def test_the_card_tells_what_the_set_is_worth(made, shelf, tmp_path):
     assert text.startswith("# distilled-digits: 2 images per class\n\n4 synthetic images in 2 classes (8 × 8 pixels, grey) in place of 12 real")
     assert "3 sets: generation seeds 0, 1, 2." in text
     assert "\nMade for **tests**.\n" in text
-    assert "- On val, 2 images per class: +10.5 points (+6.4 to +14.6) over random real: a gain.\n" in text
+    assert "- On val, 2 images per class: +10.5 points (+6.5 to +14.5) over random real: a gain.\n" in text
     assert "- Licence: CC BY 4.0.\n" in text
     results, traced = tables_of(text)
     assert results[0] == ["trained on", "convnet-2, IPC 1", "convnet-2, IPC 2"]
     assert [row[0] for row in results[1:]] == ["random real", "untuned generator", "distilled", "full data"]
-    assert results[3][1:] == ["82.7 ± 2.2 % (6 runs)", "76.0 ± 3.0 % (6 runs)"]
+    assert results[3][1:] == ["82.7 ± 2.3 % (6 runs)", "76.0 ± 3.1 % (6 runs)"]
     assert results[4][1] == results[4][2] == "92.0 ± 2.8 % (2 runs)"
     assert traced[0] == ["artifact", "sha256", "made from"]
     assert ["distilled", f"`{made.opened('distilled')['distilled'].digest}`", "denoiser, generator"] in traced

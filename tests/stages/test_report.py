@@ -160,6 +160,16 @@ def test_verdict_names_a_clear_gain_and_an_unclear_one(written):
     assert "no difference shown." in text
 
 
+def test_footnotes_say_which_interval_is_paired(written, tmp_path):
+    told = "so the interval of distilled over untuned is that of the paired t-test"
+    page = (written[0] / "report.html").read_text(encoding="utf-8")
+    assert "the samples of Welch&#39;s t interval" in page
+    assert told in page
+    made = make_experiment(tmp_path)
+    made.judge([line for line in all_lines(made.images.digest) if line["source"] != "untuned"])
+    assert told not in (made.report()[0] / "report.html").read_text(encoding="utf-8")
+
+
 def test_caption_names_the_protocol_and_what_was_repeated(written):
     text = Parsed((written[0] / "report.html").read_text(encoding="utf-8")).text
     assert "on 6 real test images at the last epoch" in text

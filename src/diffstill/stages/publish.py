@@ -142,6 +142,7 @@ def _tags(
         **_scores(table(runs)),
         "protocol": told.facts["protocol"],
         "students": ", ".join(told.facts["students"]),
+        "student_seeds": ", ".join(map(str, sorted({run.student_seed for run in runs}))),
         "memory_policy": denoiser.facts["policy"],
         "guidance": f"{facts['guidance']:g}",
         "sampler": f"{facts['sampler']}, {facts['steps']} steps",

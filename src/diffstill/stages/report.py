@@ -294,6 +294,11 @@ def _footnotes(cells: Sequence[Cell]) -> list[str]:
         "Interval: runs that share a generation seed share their images and are not independent. Their accuracies are averaged per generation seed first, "
         "and these averages are the samples of Welch's t interval (two-sided, 95 %). It is not corrected for the number of comparisons."
     ]
+    if any(cell.over_untuned and cell.over_untuned.paired for cell in cells):
+        notes.append(
+            "Distilled and untuned images of one generation seed begin from the same noise, so the interval of distilled over untuned is that of the "
+            "paired t-test: its samples are the differences per generation seed."
+        )
     if any(cell.source == "full" for cell in cells):
         notes.append("Full data is a single training set: its runs differ in the student seed alone.")
     if any(cell.test.runs == 1 for cell in cells):
