@@ -34,13 +34,13 @@ class SlowMemory:
         sums = [sum(cosine(entry, other) for other in own) for entry in own]
         return next(number for number, value in enumerate(sums) if value >= max(sums) - TIE)
 
-    def term(self, x0_hat: Tensor, labels: Tensor, kind: str) -> float:
-        total, present = 0.0, sorted(set(labels.tolist()))
+    def term(self, x0_hat: Tensor, labels: Tensor, kind: str, *, as_published: bool = False) -> float:
+        """The mean over classes; `as_published` adds the running sum once for every class."""
+        total, running, present = 0.0, 0.0, sorted(set(labels.tolist()))
         for label in present:
-            entries = self.entries.get(label, [])
-            if not entries:
-                continue
-            mine = [vector for vector, of in zip(x0_hat.tolist(), labels.tolist(), strict=True) if of == label]
-            pairs = [cosine(vector, entry) for vector in mine for entry in entries]
-            total += 1 - min(pairs) if kind == "real" else max(pairs)
-        return total / len(present)
+            if entries := self.entries.get(label, []):
+                mine = [vector for vector, of in zip(x0_hat.tolist(), labels.tolist(), strict=True) if of == label]
+                pairs = [cosine(vector, entry) for vector in mine for entry in entries]
+                running += 1 - min(pairs) if kind == "real" else max(pairs)
+            total += running
+        return (total if as_published else running) / len(present)

@@ -138,7 +138,10 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("prepare: {test_fraction: 1}", "`prepare.test_fraction` is 1: Input should be less than 1"),
         ("evaluate: {images_per_class: [1, 0]}", "`evaluate.images_per_class.1` is 0: Input should be greater than or equal to 1"),
         ("evaluate: {students: []}", "`evaluate.students` is []: Tuple should have at least 1 item"),
-        ("evaluate: {protocol: short-7}", "protocol 'short-7' is not known; use one of literature, short-20"),
+        (
+            "evaluate: {protocol: short-0}",
+            "protocol 'short-0' is not known; use minimax-224, minimax-256, minimax-1k, condensation-small, or short-<steps>",
+        ),
         ("finetune: {policy: lru}", "`finetune.policy` is 'lru': Input should be 'redundancy', 'fifo' or 'none'"),
         ("finetune: {learning_rate: .inf}", "`finetune.learning_rate` is inf: Input should be a finite number"),
         ("sample: {guidance: .nan}", "`sample.guidance` is nan: Input should be a finite number"),
@@ -264,7 +267,7 @@ def test_the_schema_accepts_presets(name):
         {"samples": {}},
         {"sample": {"steps": 0}},
         {"pretrain": {"labels": {"cat": 3}}},
-        {"evaluate": {"protocol": "short-7"}},
+        {"evaluate": {"protocol": "short-0"}},
         {"evaluate": {"students": []}},
         {"prepare": {"side": "8"}},
         {"prepare": {"channels": 2}},
@@ -330,3 +333,21 @@ def test_a_gate_that_is_off_is_off_for_tools_of_yaml_1_1_too():
 def test_what_no_version_can_be_is_refused(wrong):
     with pytest.raises(DiffstillError):
         read_json(json.dumps(wrong), PublishConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("evaluate: {protocol: minimax-224}", r"protocol 'minimax-224' is for 224 to 1024 px, not 8; set `evaluate.protocol` to short-<steps>"),
+        (
+            "prepare: {source: imagenet1k, side: 256}\nevaluate: {protocol: minimax-224}",
+            r"'minimax-224' is for 2 to 100 classes, not 1000",
+        ),
+        ("prepare: {source: imagewoof, side: 256}\nevaluate: {protocol: minimax-1k}", r"is for 101 to 1000000 classes, not 10;"),
+        ("evaluate: {protocol: short-0}", r"protocol 'short-0' is not known; use minimax-224, .*short-<steps>"),
+    ],
+)
+def test_a_protocol_that_does_not_fit_is_refused_when_the_file_is_read(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(DiffstillError, match=message):
+        load_params(tmp_path / "params.yaml")

@@ -300,8 +300,39 @@ def test_refusals(generator: Generator, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_schedulers_run_down_to_the_last_step(sampler: str) -> None:
     scheduler = build_scheduler(sampler, SCHEDULE, learned_variance=False)
-    scheduler.set_timesteps(20)
-    assert len(scheduler.timesteps) == 20
-    assert scheduler.timesteps[0] == 999
-    assert scheduler.timesteps[-1] == 49
-    assert (scheduler.timesteps.diff() < 0).all()
+    for steps in (1, 2, 3, 10, 20, 25):
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps
+        assert scheduler.timesteps[0] >= (999 if sampler == "dpm++" else 999 * (steps - 1) // steps)
+        assert steps == 1 or scheduler.timesteps[-1] == 0
+        assert (scheduler.timesteps.diff() < 0).all()
+
+
+@pytest.mark.parametrize("steps", [2, 10, 25, 50, 100, 250])
+def test_ddpm_visits_the_timesteps_of_the_original_respacing(steps: int) -> None:
+    """Evenly spaced from 0 to 999, both ends among them, rounded (Improved DDPM, section 4)."""
+    scheduler = build_scheduler("ddpm", SCHEDULE, learned_variance=True)
+    scheduler.set_timesteps(steps)
+    expected = [round(number * 999 / (steps - 1)) for number in range(steps)]
+    assert scheduler.timesteps.tolist() == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "shares"),
+    [
+        ("ddim", 25, {0.01: 0.38, 0.1: 0.716, 0.5: 0.837, 1.0: 0.864}),
+        ("dpm++", 10, {0.01: 0.99, 0.1: 1.053, 0.5: 1.073, 1.0: 1.076}),
+        ("dpm++", 25, {0.01: 1.0, 0.1: 1.018, 0.5: 1.019, 1.0: 1.02}),
+    ],
+)
+def test_share_of_a_gaussian_latents_variance_that_survives(sampler: str, steps: int, shares: dict[float, float]) -> None:
+    """For latents N(0, v) the best prediction is linear in x_t, so a deterministic sampler multiplies its noise by one number."""
+    scheduler = build_scheduler(sampler, SCHEDULE, learned_variance=False)
+    for variance, expected in shares.items():
+        scheduler.set_timesteps(steps)
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        for t in scheduler.timesteps:
+            abar = scheduler.alphas_cumprod[int(t)].double()
+            eps = (1 - abar).sqrt() * x / (abar * variance + 1 - abar)
+            x = scheduler.step(eps, t, x, return_dict=False)[0]
+        assert x.item() ** 2 / variance == pytest.approx(expected, abs=0.006)

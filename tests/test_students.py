@@ -6,10 +6,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kurtosis
 from sklearn.datasets import load_digits
 from torch import nn
 
 from diffstill import students, torchvision_shim  # noqa: F401  (the shim must stand before torchvision)
+from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol, protocol
 from diffstill.students import (
@@ -30,6 +32,7 @@ from diffstill.students import (
     padded_crop,
     pixel_statistics,
     resized_crop,
+    siamese,
     standardise,
     train_student,
 )
@@ -71,17 +74,20 @@ def plain_block(width):
     [
         # the first block sees `channels`; the linear layer sees 128 channels on what `depth` halvings leave of the side
         ("convnet-2", 10, 1, 8, (1 * 128 * 9 + 128 + 256) + CONVNET_BLOCK + (128 * 2 * 2 * 10 + 10)),
-        ("convnet-3", 10, 1, 28, (1 * 128 * 9 + 128 + 256) + 2 * CONVNET_BLOCK + (128 * 3 * 3 * 10 + 10)),
+        ("convnet-3", 10, 1, 28, 317_706),  # as published for Fashion-MNIST: the first layer pads 28 px to 32
         ("convnet-3", 10, 3, 32, 320_010),  # as published for CIFAR-10
         ("convnet-6", 10, 3, 256, (3 * 128 * 9 + 128 + 256) + 5 * CONVNET_BLOCK + (128 * 4 * 4 * 10 + 10)),
         ("resnetap-10", 10, 3, 224, (3 * 64 * 49 + 128) + STAGE_64 + sum(widening_block(w, 2 * w) for w in (64, 128, 256)) + 5130),
         ("resnetap-10", 10, 1, 16, (1 * 64 * 9 + 128) + STAGE_64 + sum(widening_block(w, 2 * w) for w in (64, 128, 256)) + 5130),
         ("resnet-18", 1000, 3, 224, 11_689_512),  # as published for ImageNet, with batch norm
+        ("resnet-18", 10, 3, 128, 11_173_962),  # as in Minimax's code: a 3x3 stem up to 128 px
+        ("resnet-18", 10, 3, 32, 11_173_962),
+        ("resnet-18", 10, 1, 28, 11_172_810),
         (
             "resnet-18",
             10,
             3,
-            32,
+            64,
             (3 * 64 * 9 + 128) + 2 * STAGE_64 + sum(widening_block(w, 2 * w) + plain_block(2 * w) for w in (64, 128, 256)) + 5130,
         ),
     ],
@@ -94,12 +100,14 @@ def test_parameter_counts_by_hand(name, classes, channels, side, expected):
     ("name", "side", "sides"),
     [
         ("convnet-3", 8, [8, 4, 2]),
-        ("convnet-3", 28, [28, 14, 7]),
+        ("convnet-3", 28, [32, 16, 8]),
+        ("convnet-3", 30, [30, 15, 7]),
         ("resnetap-10", 16, [16, 16, 16, 16, 8, 8, 4, 4, 2]),
         ("resnetap-10", 96, [96, 48, 48, 48, 24, 24, 12, 12, 6]),
         ("resnetap-10", 160, [160, 40, 40, 40, 20, 20, 10, 10, 5]),
         ("resnet-18", 16, [16, 16, 16, 16, 16, 8, 8, 8, 8, 4, 4, 4, 4, 2, 2, 2, 2]),
-        ("resnet-18", 96, [48, 24, 24, 24, 24, 12, 12, 12, 12, 6, 6, 6, 6, 3, 3, 3, 3]),
+        ("resnet-18", 96, [96, 48, 48, 48, 48, 24, 24, 24, 24, 12, 12, 12, 12, 6, 6, 6, 6]),
+        ("resnet-18", 160, [80, 40, 40, 40, 40, 20, 20, 20, 20, 10, 10, 10, 10, 5, 5, 5, 5]),
     ],
 )
 def test_every_norm_sees_the_side_it_should(name, side, sides):
@@ -132,18 +140,37 @@ def test_instance_norm_removes_the_scale_and_mean_of_each_image():
     torch.testing.assert_close(student[:2](images * 7)[:, :, 3:-3, 3:-3], inside, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_have_the_deviation_of_their_fan_out():
-    student = build_student("resnet-18", classes=100, channels=3, side=32, seed=1)
+@pytest.mark.parametrize(
+    ("name", "channels", "side", "classifier"),
+    [("convnet-6", 3, 256, 0.0128), ("convnet-3", 1, 28, 0.0128), ("resnetap-10", 3, 224, 0.0255), ("resnet-18", 3, 32, 0.0255)],
+)
+def test_first_weights_are_those_of_the_published_students(name, channels, side, classifier):
+    """Convolutions of ResNets N(0, sqrt(2 / fan_out)); all else torch's default, U(-b, b) with b = 1 / sqrt(fan_in)."""
+    student = build_student(name, classes=10, channels=channels, side=side, seed=1)
     for module in student.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * module.kernel_size[0] ** 2
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.06)
-        elif isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.06)
-            assert not module.bias.any()
+        if isinstance(module, nn.Conv2d) and not name.startswith("convnet"):
+            deviation = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
+            assert module.weight.std().item() == pytest.approx(deviation, rel=0.06)
+            assert kurtosis(module.weight.detach().flatten()) == pytest.approx(0, abs=0.25)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            assert 0.99 * bound < module.weight.abs().max().item() <= bound
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06)
+            assert 0 < module.bias.abs().max().item() <= bound
         elif isinstance(module, nn.GroupNorm):
             assert (module.weight == 1).all()
             assert (module.bias == 0).all()
+    assert student[-1].weight.std().item() == pytest.approx(classifier, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "channels", "side"), [("convnet-3", 1, 28), ("resnetap-10", 3, 32), ("resnet-18", 3, 32)])
+def test_a_fresh_student_knows_nothing(name, channels, side):
+    """Its first loss is the logarithm of the number of classes, not several times as much."""
+    student = build_student(name, classes=10, channels=channels, side=side, seed=0)
+    images = torch.randn(64, channels, side, side, generator=generator())
+    with torch.inference_mode():
+        loss = nn.functional.cross_entropy(student(images), torch.arange(64) % 10)
+    assert loss.item() == pytest.approx(math.log(10), abs=0.2)
 
 
 @pytest.mark.parametrize("name", ["convnet-3", "resnetap-10", "test_resnet", "test_vit"])
@@ -290,18 +317,38 @@ def test_colour_jitter_against_torchvision_image_by_image():
     adjust = [functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation]
     images = torch.rand(4, 3, 6, 6, generator=generator())
     factors = 0.6 + 0.8 * torch.rand(3, 4, generator=generator(1))
-    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
-        jittered = colour_jitter(images, torch.tensor(order), factors)
-        for image in range(4):
-            expected = images[image]
-            for kind in order:
-                expected = adjust[kind](expected, factors[kind, image].item())
-            torch.testing.assert_close(jittered[image], expected, atol=1e-5, rtol=0)
+    images = 0.4 + 0.2 * images  # torchvision's functions clip, which the field's recipe does not
+    orders = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 2, 1]])
+    jittered = colour_jitter(images, orders, factors)
+    for image, order in enumerate(orders.tolist()):
+        expected = images[image]
+        for kind in order:
+            expected = adjust[kind](expected, factors[kind, image].item())
+        torch.testing.assert_close(jittered[image], expected, atol=1e-5, rtol=0)
+
+
+def test_colour_jitter_does_not_clip():
+    images = torch.tensor([0.9, 0.8, 0.7]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    brighter = colour_jitter(images, torch.tensor([[0, 1, 2]]), torch.tensor([[1.4], [1.0], [1.0]]))
+    torch.testing.assert_close(brighter, 1.4 * images)
+
+
+def test_augmentation_changes_colours_in_an_order_of_each_image_its_own():
+    """One grey-level image, many copies: brightness and contrast do not commute."""
+    images = torch.rand(1, 3, 4, 4, generator=generator()).expand(300, -1, -1, -1)
+    orders = []
+    real = students.colour_jitter
+    students.colour_jitter = lambda batch, order, factors: (orders.append(order), real(batch, order, factors))[1]
+    try:
+        augment(images, flip=False, generator=generator())
+    finally:
+        students.colour_jitter = real
+    assert len({tuple(order) for order in orders[0].tolist()}) == 6
 
 
 def test_colour_jitter_by_one_changes_nothing():
     images = torch.rand(4, 3, 6, 6, generator=generator())
-    torch.testing.assert_close(colour_jitter(images, torch.tensor([2, 1, 0]), torch.ones(3, 4)), images)
+    torch.testing.assert_close(colour_jitter(images, torch.tensor([[2, 1, 0]] * 4), torch.ones(3, 4)), images)
 
 
 def test_lighting_against_a_loop():
@@ -342,6 +389,93 @@ def test_small_grey_images_are_shifted_by_at_most_an_eighth():
     images[:, :, 8, 8] = 1
     places = {tuple(place) for place in augment(images, flip=False, generator=generator()).nonzero()[:, 2:].tolist()}
     assert places == {(row, column) for row in range(6, 11) for column in range(6, 11)}
+
+
+@pytest.mark.parametrize("way", [augment, siamese])
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 16)])
+def test_batches_lie_in_the_fast_memory_layout(way, channels, side):
+    """Channels-last strides of a one-channel batch are kept by `contiguous` and `clone`, and slow GroupNorm down."""
+    images = torch.rand(5, channels, side, side, generator=generator())
+    for seed in range(4):
+        batch = way(images, flip=True, generator=generator(seed))
+        mixed = cutmix(batch, beta=1.0, generator=generator(seed))
+        assert batch.stride() == mixed.images.stride() == (channels * side**2, side**2, side, 1)
+
+
+# Siamese augmentation
+
+
+def test_siamese_scaling_and_turning_against_a_loop():
+    """A point of the result comes from that point scaled, or turned, about the middle."""
+    images, draws = torch.rand(3, 1, 7, 7, generator=generator()), torch.rand(3, 2, generator=generator(1))
+    for maps in (students._scalings(draws), students._rotations(draws[:, 0])):
+        grid = nn.functional.affine_grid(maps, list(images.shape), align_corners=False)
+        moved = nn.functional.grid_sample(images, grid, align_corners=False)
+        for image in range(3):
+            scale_x, scale_y = (1 / 1.2 + (1.2 - 1 / 1.2) * draws[image]).tolist()
+            angle = math.radians(15) * (2 * draws[image, 0].item() - 1)
+            for row in range(2, 5):
+                for column in range(2, 5):
+                    x, y = (column - 3) / 3.5, (row - 3) / 3.5
+                    if maps[image, 0, 1] == 0:
+                        at_x, at_y = scale_x * x, scale_y * y
+                    else:
+                        at_x, at_y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
+                    expected = bilinear(images[image, 0], 3.5 * at_y + 3, 3.5 * at_x + 3)
+                    assert moved[image, 0, row, column].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_siamese_colours_have_the_published_strengths(monkeypatch):
+    """Brightness within half a unit, contrast by 0.5 to 1.5, saturation by 0 to 2; geometry left out."""
+    monkeypatch.setattr(students, "padded_crop", lambda images, _offsets, _padding: images)
+    monkeypatch.setattr(students.F, "grid_sample", lambda images, _grid, **_: images)
+    pattern = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).expand(2000, 1, 2, 2)
+    grey = siamese(pattern, flip=False, generator=generator())
+    shift, contrast = grey.mean((1, 2, 3)), grey[:, 0, 0, 1] - grey.mean((1, 2, 3))
+    assert (-0.5 <= shift.min() < -0.49) and (0.49 < shift.max() <= 0.5)  # noqa: PT018  (a range)
+    assert (0.5 <= contrast.min() < 0.51) and (1.49 < contrast.max() <= 1.5)  # noqa: PT018
+    colours = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2000, 3, 2, 2)
+    spread = siamese(colours, flip=False, generator=generator())
+    spread = (spread[:, 0] - spread[:, 2])[:, 0, 0] / 2
+    assert spread.min() < 0.05
+    assert 2.4 < spread.max() <= 3.0  # saturation 2 times contrast 1.5
+
+
+def test_siamese_geometry_is_drawn_once_for_a_batch_and_all_kinds_come_up():
+    images = torch.zeros(6, 1, 16, 16)
+    images[:, :, 4:12, 4:12] = 1
+    kinds = Counter()
+    for seed in range(40):
+        seen = []
+        real = students.padded_crop
+        students.padded_crop = lambda *given: (seen.append(given), real(*given))[1]  # noqa: B023
+        try:
+            siamese(images, flip=False, generator=generator(seed))
+        finally:
+            students.padded_crop = real
+        kinds[bool(seen)] += 1
+        assert not seen or seen[0][2] == 2
+    assert 5 <= kinds[True] <= 22  # a third
+
+
+def test_only_the_protocols_share_of_batches_is_mixed():
+    images = torch.rand(4, 1, 8, 8, generator=generator())
+    stream = generator()
+    mixed = [students._perhaps_mixed(images, protocol("condensation-small"), stream) for _ in range(400)]
+    assert 160 <= sum(one.share == 1.0 and one.images is images for one in mixed) <= 240
+    assert all(students._perhaps_mixed(images, protocol("short-5"), stream).images is not images for _ in range(20))
+
+
+def test_resized_images_against_pillow():
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    smaller = students.resized(pixels, 28)
+    assert students.resized(pixels, None) is pixels
+    assert students.resized(pixels, 32) is pixels
+    for image, small in zip(pixels, smaller, strict=True):
+        expected = np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((28, 28), Image.Resampling.BILINEAR))
+        assert np.abs(small.transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
 
 # CutMix
@@ -486,7 +620,7 @@ def test_training_steps_against_plain_sgd_written_out(digits):
     train_student(
         student, pixels, labels, protocol=recipe, classes=10, statistics=statistics, flip=False, seed=9, evaluations=1, evaluate=lambda _student: {}
     )
-    stream, velocity = students._generator(9, students._TRAINING), [torch.zeros_like(weights) for weights in slow.parameters()]
+    stream, velocity = seeded(Purpose.STUDENT_TRAINING, 9), [torch.zeros_like(weights) for weights in slow.parameters()]
     for step in range(6):
         order = torch.randperm(40, generator=stream)
         images = standardise(augment(pixels[order] / 255, flip=False, generator=stream), statistics)

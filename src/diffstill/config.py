@@ -22,7 +22,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.names import is_name
-from diffstill.protocols import PROTOCOLS, protocol
+from diffstill.protocols import NAMED, SHORT, protocol
 
 
 def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,6 +61,12 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Precision = Literal["float32", "bf16"]
 YAML_1_1 = ("on", "off", "yes", "no", "y", "n")
 """Words that YAML 1.1, and with it many tools, reads as true or false."""
+CLASSES: Mapping[str, int] = {
+    **dict.fromkeys(("digits", "fashion-mnist", "imagewoof", "imagenette", "imageidc"), 10),
+    "imagenet100": 100,
+    "imagenet1k": 1000,
+}
+"""How many classes a dataset has, where that is known without reading it."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -202,18 +208,26 @@ class FinetuneConfig(Section):
     label_drop: Fraction = Field(0.1, description="probability that a label is replaced by the null label; such samples never meet the memories")
     lambda_real: Annotated[float, Field(ge=0)] = Field(0.002, description="weight of representativeness, L_real")
     lambda_gen: Annotated[float, Field(ge=0)] = Field(0.008, description="weight of diversity, L_gen")
+    accumulate: Literal["paper", "as_published"] = Field(
+        "paper",
+        description="how the terms of a batch's classes add up: paper = their mean; "
+        "as_published = as the published code does, the k-th of n classes counts n - k + 1 times",
+    )
     capacity_real: Count = Field(64, description="entries per class of the memory of real latents, N_R")
     capacity_gen: Count = Field(64, description="entries per class of the memory of generated latents, N_G")
     policy: Literal["redundancy", "fifo", "none"] = Field(
         "redundancy",
-        description="who leaves a full memory: redundancy = the most similar to the rest (self-adaptive), fifo = the oldest; none = no memories",
+        description="who leaves a full memory: redundancy = the most similar to the rest (self-adaptive; at a capacity of 1 the last two always tie, and the older leaves), "
+        "fifo = the oldest; none = no memories",
     )
     update: Literal["step", "epoch"] = Field(
         "step", description="when entries join the memories: after each step, or once per epoch (the paper's figure 2)"
     )
     epoch_candidates: Count = Field(256, description="with update: epoch, the newest candidates kept per class until the epoch ends")
     max_timestep: Count | None = Field(
-        None, description="noise-aware memory: only predictions from timesteps below this are compared and enter; null = all"
+        None,
+        description="noise-aware memory: only predictions from timesteps below this are compared and enter; null = all. "
+        "The mean is then over the classes that are left, so each of them weighs more",
     )
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
     log_every: Count = Field(5, description="steps between lines of metrics.csv")
@@ -257,9 +271,13 @@ class EvaluateConfig(Section):
         tuple(range(10)), description="draws of random real images, whatever the number of generation seeds; each costs students, but no generator"
     )
     protocol: str = Field(
-        "short-150", description="named student protocol: literature, or short-<steps>; numbers of two protocols never share a table"
+        "short-150",
+        description="named student protocol: short-<steps> for any data, or the literature's minimax-224, minimax-256 (up to 100 classes), "
+        "minimax-1k (more), condensation-small (up to 32 px); numbers of two protocols never share a table",
     )
-    evaluations: Count = Field(4, description="times a student is tested while it trains; the headline is the last, the best is a side value")
+    evaluations: Count = Field(
+        1, description="times a student is tested while it trains, the last at the end: the headline; more cost time and give the report a best step"
+    )
     workers: Count = Field(2, description="students trained at the same time, each on its own CPU thread; changes no number")
 
     @model_validator(mode="after")
@@ -332,6 +350,14 @@ class Params(Section):
             raise ValueError(f"`finetune.seeds` has {tunes} entries; give 1, or one for each of the {draws} `sample.seeds`")
         return self
 
+    @model_validator(mode="after")
+    def _fitting_protocol(self) -> Self:
+        own = self.prepare.classes
+        classes = len(own) if own else CLASSES.get(self.prepare.source)
+        if misfit := protocol(self.evaluate.protocol).misfit(self.prepare.side, classes):
+            raise ValueError(misfit)
+        return self
+
     def section(self, stage: str) -> Section:
         """The section of that stage."""
         section: Section = getattr(self, stage)
@@ -353,7 +379,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "checkpoint_every": 1000,
     },
     "sample": {"images_per_class": 50, "guidance": 4.0, "sampler": "ddpm", "steps": 50, "precision": "bf16", "compile": True},
-    "evaluate": {"students": ["resnetap-10"], "images_per_class": [10, 20, 50], "protocol": "literature", "evaluations": 1, "workers": 1},
+    "evaluate": {"students": ["resnetap-10"], "images_per_class": [10, 20, 50], "protocol": "minimax-224", "workers": 1},
 }
 """The paper's settings at 256 px (ICIP 2025, section 4): DiT-XL/2, DiffFit, 8 epochs of batches of 8, 50 DDPM steps, guidance 4."""
 
@@ -368,7 +394,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "encode": {"shard_size": 16384},
         "finetune": {"steps": 1000, "batch_size": 64, "learning_rate": 5e-4, "preview_every": 100},
         "sample": {"guidance": 2.0},
-        "evaluate": {"students": ["convnet-3"], "student_seeds": [0], "protocol": "short-200", "evaluations": 1},
+        "evaluate": {"students": ["convnet-3"], "student_seeds": [0], "protocol": "short-200"},
     },
     "folder": {
         "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
@@ -387,6 +413,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "prepare": {"source": "imagenet1k", **_PHOTOS, "val_fraction": 0.02},
         **_PAPER,
         "finetune": {**_PAPER["finetune"], "batch_size": 256},
+        "evaluate": {**_PAPER["evaluate"], "protocol": "minimax-1k"},
     },
     "tiny": {
         "prepare": {"classes": ["0", "1", "2"]},
@@ -530,5 +557,5 @@ def _flow(value: Any) -> Any:
 def json_schema() -> dict[str, Any]:
     """JSON schema of `params.yaml`, for editors."""
     schema = Params.model_json_schema()
-    schema["$defs"]["EvaluateConfig"]["properties"]["protocol"]["enum"] = list(PROTOCOLS)
+    schema["$defs"]["EvaluateConfig"]["properties"]["protocol"]["pattern"] = f"^({'|'.join(NAMED)}|{SHORT})$"
     return schema

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 Policy = Literal["redundancy", "fifo"]
+Accumulate = Literal["paper", "as_published"]
 TIE = 1e-6
 """Redundancies closer than this are equal; the oldest of equals leaves."""
 
@@ -111,26 +112,31 @@ def _similarity(x0_hat: Tensor, labels: Tensor, memory: ClassMemory) -> Tensor:
     return torch.einsum("bd,bnd->bn", normalize(x0_hat.float(), dim=1), memory.entries[labels])
 
 
-def _mean_over_present(terms: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes present in the batch; a class with an empty memory counts with 0."""
+def _over_present(terms: Tensor, known: Tensor, labels: Tensor, accumulate: Accumulate) -> Tensor:
+    """Mean over the n classes present in the batch; a class with an empty memory counts with 0.
+
+    `as_published`: the k-th class of them counts n - k + 1 times, as in the code that was published with
+    the paper, which adds the running sum once per class: (n + 1) / 2 times as much on average.
+    """
     present = torch.zeros_like(terms).index_fill(0, labels, 1.0)
-    return torch.where(known, terms, 0.0).sum() / present.sum().clamp(min=1)
+    times = present if accumulate == "paper" else present.flip(0).cumsum(0).flip(0)
+    return (times * torch.where(known, terms, 0.0)).sum() / present.sum().clamp(min=1)
 
 
-def representativeness(x0_hat: Tensor, labels: Tensor, real: ClassMemory) -> Tensor:
+def representativeness(x0_hat: Tensor, labels: Tensor, real: ClassMemory, accumulate: Accumulate = "paper") -> Tensor:
     """L_real: mean over the classes in the batch of 1 - min cos(x0_hat of c, entry of c). A scalar.
 
     The least similar pair is pulled together, so that the whole memory is covered. x0_hat is (B, D), labels (B,),
     all on the memory's device. An empty batch gives 0.
     """
     least, known = _extreme_per_class(_similarity(x0_hat, labels, real), labels, real, "amin")
-    return _mean_over_present(1 - torch.where(known, least, 0.0), known, labels)
+    return _over_present(1 - torch.where(known, least, 0.0), known, labels, accumulate)
 
 
-def diversity(x0_hat: Tensor, labels: Tensor, generated: ClassMemory) -> Tensor:
+def diversity(x0_hat: Tensor, labels: Tensor, generated: ClassMemory, accumulate: Accumulate = "paper") -> Tensor:
     """L_gen: mean over the classes in the batch of max cos(x0_hat of c, entry of c). A scalar.
 
     The most similar pair is pushed apart. Shapes as in `representativeness`.
     """
     greatest, known = _extreme_per_class(_similarity(x0_hat, labels, generated), labels, generated, "amax")
-    return _mean_over_present(torch.where(known, greatest, 0.0), known, labels)
+    return _over_present(torch.where(known, greatest, 0.0), known, labels, accumulate)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffstill.draws import Purpose, seed_of, seeded
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol
 
@@ -42,7 +43,10 @@ GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
-_INITIAL_WEIGHTS, _TRAINING = 0, 1
+# Siamese augmentation (Zhao & Bilen 2021, arXiv 2102.08259), strengths as its code has them.
+BRIGHTNESS, CONTRAST, SATURATION = 1.0, 0.5, 2.0
+SCALE, ROTATION = 1.2, 15.0
+
 _EVALUATED_PIXELS = 2**19
 # Module constructors draw from torch's global generator: one at a time, and its state is put back.
 _GLOBAL_GENERATOR = threading.Lock()
@@ -58,30 +62,24 @@ def build_student(name: str, *, classes: int, channels: int, side: int, seed: in
     Raises `DiffstillError` on an unknown name and on images too small for the network.
     """
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed_of(Purpose.STUDENT_WEIGHTS, seed))
         if match := re.fullmatch(r"convnet-([1-9]\d?)", name):
-            return _initialised(_convnet(int(match[1]), classes, channels, side), seed)
+            return _convnet(int(match[1]), classes, channels, side)
         if name in ("resnetap-10", "resnet-18"):
             _refuse_small(name, side)
             build = _resnetap_10 if name == "resnetap-10" else _resnet_18
-            return _initialised(build(classes, channels, side), seed)
+            return _with_normal_convolutions(build(classes, channels, side))
         return _timm_model(name, classes, channels, side)
 
 
-def _generator(seed: int, purpose: int) -> torch.Generator:
-    """An own stream of draws per purpose, so that weights and batches of one seed are unrelated."""
-    state = np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+def _with_normal_convolutions(student: nn.Module) -> nn.Module:
+    """Convolutions N(0, sqrt(2 / fan_out)), the rest as torch draws it: so the ResNets of the field.
 
-
-def _initialised(student: nn.Module, seed: int) -> nn.Module:
-    """Weights N(0, sqrt(2 / fan_out)), biases 0, norms 1 and 0."""
-    generator = _generator(seed, _INITIAL_WEIGHTS)
+    Its ConvNet is torch's default throughout. The official code of both: see `diffstill.protocols`.
+    """
     for module in student.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return student
 
 
@@ -90,7 +88,12 @@ def _instance_norm(width: int) -> nn.Module:
 
 
 def _convnet(depth: int, classes: int, channels: int, side: int) -> nn.Module:
-    """`depth` times [3x3 convolution, instance norm, ReLU, 2x2 average pool], then a linear layer."""
+    """`depth` times [3x3 convolution, instance norm, ReLU, 2x2 average pool], then a linear layer.
+
+    The first layer pads a grey image of 28 px to 32, as the field's code does.
+    """
+    first_padding = 3 if (channels, side) == (1, 28) else 1
+    side += 2 * (first_padding - 1)
     if 2**depth > side:
         raise DiffstillError(
             f"student 'convnet-{depth}' needs images of at least {2**depth} px, these have {side} px (its last instance norm would see a single pixel); "
@@ -98,7 +101,8 @@ def _convnet(depth: int, classes: int, channels: int, side: int) -> nn.Module:
         )
     layers: list[nn.Module] = []
     for block in range(depth):
-        convolution = nn.Conv2d(CONVNET_WIDTH if block else channels, CONVNET_WIDTH, 3, padding=1)
+        width_in, padding = (CONVNET_WIDTH, 1) if block else (channels, first_padding)
+        convolution = nn.Conv2d(width_in, CONVNET_WIDTH, 3, padding=padding)
         layers += [convolution, _instance_norm(CONVNET_WIDTH), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(CONVNET_WIDTH * (side >> depth) ** 2, classes))
 
@@ -150,11 +154,14 @@ def _resnetap_10(classes: int, channels: int, side: int) -> nn.Module:
 
 
 def _resnet_18(classes: int, channels: int, side: int) -> nn.Module:
-    """ResNet-18 with instance norm; the usual 7x7 stem above 64 px, a 3x3 convolution at full side below."""
-    if side > 64:
-        stem = [*_convolution(channels, RESNET_WIDTHS[0], 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
-    else:
-        stem = [*_convolution(channels, RESNET_WIDTHS[0], 3), nn.ReLU(inplace=True)]
+    """ResNet-18 with instance norm; 7x7 stem of stride 2 above 128 px, 3x3 of stride 1 below.
+
+    A max pool follows above 64 px.
+    """
+    kernel, stride = (7, 2) if side > 128 else (3, 1)
+    pool = [nn.MaxPool2d(3, 2, padding=1)] if side > 64 else []
+    convolution = _convolution(channels, RESNET_WIDTHS[0], kernel, stride)
+    stem = [*convolution, nn.ReLU(inplace=True), *pool]
     return _resnet(stem, 2, "stride", classes)
 
 
@@ -236,7 +243,7 @@ def standardise(images: Tensor, statistics: PixelStatistics) -> Tensor:
 
 
 def augment(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
-    """Augment images (B, C, S, S) in 0..1, each with its own draws.
+    """Augment images (B, C, S, S) in 0..1, each with its own draws; see `siamese` for the other way.
 
     Grey images up to 64 px: random crop after padding by S // 8. Others: random resized crop, and in colour images
     jitter and PCA lighting. Mirrored only if `flip`.
@@ -249,7 +256,8 @@ def augment(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor
     if flip:
         images = mirror(images, torch.rand(len(images), generator=generator) < 0.5)
     if channels == 3:
-        images = colour_jitter(images, torch.randperm(3, generator=generator), _jitter_factors(len(images), generator))
+        order = torch.rand(len(images), 3, generator=generator).argsort(dim=1)
+        images = colour_jitter(images, order, _jitter_factors(len(images), generator))
         images = lighting(images, torch.randn(len(images), 3, generator=generator) * LIGHTING)
     return images
 
@@ -258,8 +266,11 @@ def padded_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     """Pad images (B, C, S, S) with zeros and cut S x S at `offsets` (B, 2) = row and column in 0..2 * padding."""
     span = torch.arange(images.shape[-1])
     rows, columns = (offsets.unsqueeze(-1) + span).to(images.device).unbind(1)
-    each = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    return F.pad(images, (padding,) * 4)[each, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    each, channel = (torch.arange(size, device=images.device) for size in images.shape[:2])
+    # Channels are indexed, too: a permuted result would have channels-last strides, which one-channel
+    # batches keep through `contiguous` and `clone`, and GroupNorm is 4 to 10 times slower with them.
+    where = each[:, None, None, None], channel[:, None, None], rows[:, None, :, None]
+    return F.pad(images, (padding,) * 4)[(*where, columns[:, None, None, :])]
 
 
 def draw_boxes(images: int, generator: torch.Generator) -> Tensor:
@@ -294,11 +305,16 @@ def _jitter_factors(images: int, generator: torch.Generator) -> Tensor:
 
 
 def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness (0), contrast (1) and saturation (2) in `order` (3,) by `factors` (3, B), clipped to 0..1."""
-    for kind in order.tolist():
-        neutral = (torch.zeros_like, lambda colours: _grey(colours).mean((2, 3), keepdim=True), _grey)[kind](images)
-        factor = factors[kind].to(images.device).view(-1, 1, 1, 1)
-        images = (factor * images + (1 - factor) * neutral).clamp(0, 1)
+    """Change brightness (0), contrast (1) and saturation (2) of images (B, 3, S, S), not clipped.
+
+    Each image in its own `order` (B, 3), by `factors` (3, B) of the three kinds.
+    """
+    order, factors = order.to(images.device), factors.to(images.device)
+    for kind in order.unbind(1):
+        grey = _grey(images)
+        fixed = torch.stack([torch.zeros_like(grey), grey.mean((2, 3), keepdim=True).expand_as(grey), grey])
+        each = torch.arange(len(images), device=images.device)
+        images = torch.lerp(fixed[kind, each], images, factors[kind, each].view(-1, 1, 1, 1))
     return images
 
 
@@ -310,6 +326,43 @@ def lighting(images: Tensor, amounts: Tensor) -> Tensor:
     """Shift colours along ImageNet's principal components by `amounts` (B, 3) of their eigenvalues."""
     shift = (amounts * torch.tensor(EIGENVALUES)) @ torch.tensor(EIGENVECTORS).T
     return images + shift.to(images.device).view(-1, 3, 1, 1)
+
+
+def siamese(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
+    """Augment standardised images (B, C, S, S) as the papers on small sets do (Zhao & Bilen 2021).
+
+    Mirroring if `flip`, brightness, saturation and contrast, each image by its own draws; then one of
+    crop, scaling and rotation, which one is drawn once for the batch.
+    """
+    if flip:
+        images = mirror(images, torch.rand(len(images), generator=generator) < 0.5)
+    draws = torch.rand(3, len(images), 1, 1, 1, generator=generator).to(images.device)
+    images = images + BRIGHTNESS * (draws[0] - 0.5)
+    images = torch.lerp(images.mean(1, keepdim=True), images, SATURATION * draws[1])
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, CONTRAST + draws[2])
+    kind = int(torch.randint(3, (1,), generator=generator))
+    if kind == 0:
+        padding = int(images.shape[-1] / 8 + 0.5)
+        offsets = torch.randint(2 * padding + 1, (len(images), 2), generator=generator)
+        return padded_crop(images, offsets, padding)
+    draws = torch.rand(len(images), 2, generator=generator)
+    affine = _scalings(draws) if kind == 1 else _rotations(draws[:, 0])
+    grid = F.affine_grid(affine.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _scalings(draws: Tensor) -> Tensor:
+    """Affine maps (B, 2, 3) that scale each axis by 1 / 1.2 to 1.2, from `draws` (B, 2) in 0..1."""
+    scales = 1 / SCALE + (SCALE - 1 / SCALE) * draws
+    return F.pad(torch.diag_embed(scales), (0, 1))
+
+
+def _rotations(draws: Tensor) -> Tensor:
+    """Affine maps (B, 2, 3) that turn by -15 to 15 degrees, from `draws` (B,) in 0..1."""
+    angles = math.radians(ROTATION) * (2 * draws - 1)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
+    return F.pad(turned, (0, 1))
 
 
 # CutMix (Yun et al. 2019, arXiv 1905.04899), one box and one partner permutation per batch.
@@ -331,7 +384,7 @@ def cutmix(images: Tensor, *, beta: float, generator: torch.Generator) -> Mixed:
     centres = torch.randint(side, (2,), generator=generator).tolist()
     (top, bottom), (left, right) = ((max(0, centre - half), min(side, centre + half)) for centre in centres)
     partner = torch.randperm(len(images), generator=generator).to(images.device)
-    mixed = images.clone()
+    mixed = images.clone(memory_format=torch.contiguous_format)
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
     return Mixed(mixed, partner, 1 - (bottom - top) * (right - left) / side**2)
 
@@ -388,13 +441,13 @@ def train_student(
     pixels, labels = torch.as_tensor(pixels).to(device), torch.as_tensor(labels).to(device)
     steps = protocol.budget(len(labels), classes)
     looks, history = evaluation_steps(steps, evaluations), []
-    generator = _generator(seed, _TRAINING)
+    generator = seeded(Purpose.STUDENT_TRAINING, seed)
     optimiser, schedule = _optimiser(student, protocol, steps)
     student.train()
     for step, batch in enumerate(islice(batches(len(labels), protocol.batch_size, generator), steps), start=1):
         chosen = batch.to(device)
-        images = standardise(augment(_to_float(pixels[chosen]), flip=flip, generator=generator), statistics)
-        mixed = cutmix(images, beta=protocol.cutmix_beta, generator=generator)
+        images = _augmented(pixels[chosen], protocol, statistics, flip, generator)
+        mixed = _perhaps_mixed(images, protocol, generator)
         optimiser.zero_grad(set_to_none=True)
         cutmix_loss(student(mixed.images), labels[chosen], mixed).backward()
         optimiser.step()
@@ -403,6 +456,22 @@ def train_student(
             history.append(Evaluation(step, evaluate(student)))
         step_done()
     return history
+
+
+def _augmented(pixels: Tensor, protocol: Protocol, statistics: PixelStatistics, flip: bool, generator: torch.Generator) -> Tensor:
+    """The batch as `protocol` augments it, standardised: (B, C, S, S)."""
+    images = _to_float(pixels)
+    if protocol.augmentation == "siamese":
+        return siamese(standardise(images, statistics), flip=flip, generator=generator)
+    return standardise(augment(images, flip=flip, generator=generator), statistics)
+
+
+def _perhaps_mixed(images: Tensor, protocol: Protocol, generator: torch.Generator) -> Mixed:
+    """CutMix in the protocol's share of batches; elsewhere the batch as it is."""
+    share = protocol.cutmix_share
+    if share < 1 and float(torch.rand(1, generator=generator)) >= share:
+        return Mixed(images, torch.arange(len(images), device=images.device), 1.0)
+    return cutmix(images, beta=protocol.cutmix_beta, generator=generator)
 
 
 def _optimiser(student: nn.Module, protocol: Protocol, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -441,6 +510,14 @@ def accuracy(student: nn.Module, pixels: Pixels, labels: Labels, statistics: Pix
         ]
     student.train(training)
     return int(torch.stack(hits).sum()) / len(labels)
+
+
+def resized(pixels: npt.NDArray[np.uint8], side: int | None) -> npt.NDArray[np.uint8]:
+    """uint8 images (N, C, S, S) at `side` px (bilinear, antialiased); None leaves them as they are."""
+    if side is None or side == pixels.shape[-1]:
+        return pixels
+    parts = torch.from_numpy(pixels).split(max(1, _EVALUATED_PIXELS // pixels.shape[-1] ** 2))
+    return torch.cat([F.interpolate(part, (side, side), mode="bilinear", antialias=True) for part in parts]).numpy()
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -241,8 +241,8 @@ def test_full_data_alone_and_without_memories(tmp_path):
     assert "Memory fill</text>" not in text
 
 
-def test_literature_budgets_are_listed_by_size(made):
-    lines = [made.line("random", size, 0, 0, 0.5, steps=steps, protocol="literature") for size, steps in ((1, 3000), (2, 2000))]
+def test_budgets_in_epochs_are_listed_by_size(made):
+    lines = [made.line("random", size, 0, 0, 0.5, steps=steps, protocol="minimax-224") for size, steps in ((1, 3000), (2, 2000))]
     made.judge(lines)
     folder, _ = made.report()
     assert "optimiser steps by images per class 1: 3\u202f000; 2: 2\u202f000" in (folder / "report.html").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol, protocol
 from diffstill.record import Progress, Record, ignore
-from diffstill.students import PixelStatistics, accuracy, build_student, pixel_statistics, train_student
+from diffstill.students import PixelStatistics, accuracy, build_student, pixel_statistics, resized, train_student
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -223,17 +223,21 @@ class _Judge:
 
     @classmethod
     def of(cls, config: EvaluateConfig, images: Artifact, device: str) -> _Judge:
-        val, test = (load_split(images, split) for split in ("val", "test"))
+        recipe, facts = protocol(config.protocol), images.facts
+        if misfit := recipe.misfit(facts["side"], len(facts["classes"])):
+            raise DiffstillError(misfit)
+        val, test = ((resized(pixels, recipe.side), labels) for pixels, labels in (load_split(images, split) for split in ("val", "test")))
         pixels, labels = Rows(images.folder, "train", "pixels"), Rows(images.folder, "train", "labels")[:]
-        statistics = pixel_statistics(pixels[start : start + COUNTED] for start in range(0, len(pixels), COUNTED))
-        return cls((pixels, labels), val, test, images.facts, images.digest, statistics, protocol(config.protocol), config.evaluations, device)
+        statistics = pixel_statistics(resized(pixels[start : start + COUNTED], recipe.side) for start in range(0, len(pixels), COUNTED))
+        return cls((pixels, labels), val, test, facts, images.digest, statistics, recipe, config.evaluations, device)
 
     @property
     def classes(self) -> int:
         return len(self.facts["classes"])
 
     def build(self, student: str, seed: int) -> torch.nn.Module:
-        return build_student(student, classes=self.classes, channels=self.facts["channels"], side=self.facts["side"], seed=seed)
+        side = self.protocol.side or self.facts["side"]
+        return build_student(student, classes=self.classes, channels=self.facts["channels"], side=side, seed=seed)
 
     def refuse_misfits(self, students: tuple[str, ...]) -> None:
         """Raise `DiffstillError` before hours are spent if a student is unknown or does not take these images."""
@@ -246,7 +250,7 @@ class _Judge:
 
     def score(self, run: _Run, training_set: TrainingSet, step_done: Callable[[], None]) -> Score:
         """Train one student and test it: its line of `scores.jsonl`. The best step looks at test and is a side value only."""
-        pixels, labels = training_set
+        pixels, labels = resized(training_set[0], self.protocol.side), training_set[1]
         student = self.build(run.student, run.student_seed).to(self.device)
         history = train_student(
             student,

@@ -243,7 +243,8 @@ class FineTuning:
         if not self.memories:
             return x0_hat.new_zeros(()), x0_hat.new_zeros(())
         of = sent(classes, x0_hat.device)
-        return representativeness(x0_hat, of, self.memories["real"]), diversity(x0_hat, of, self.memories["gen"])
+        real, gen, accumulate = *self.memories.values(), self.config.accumulate
+        return representativeness(x0_hat, of, real, accumulate), diversity(x0_hat, of, gen, accumulate)
 
     def _remember(self, newcomers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Let the batch join the memories now, or once the epoch is over."""
