@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from components.images import LOCK, load_images
-from diffstill.artifacts import file_digest
+from diffstill.artifacts import file_digest, refuse_overlap
 from diffstill.catalogue import FOLDER
 from diffstill.cli import Command, Group, log_to_terminal, params_option
 from diffstill.config import load_params
@@ -57,6 +57,7 @@ def compile_pipeline(settings_path: Path, images_lock: Path, allow_tag: bool, ou
     from pipelines.package import write_package
 
     settings, images = load_settings(settings_path), load_images(images_lock, allow_tag=allow_tag)
+    refuse_overlap(output, {"settings": settings_path, "images": images_lock})
     write_package(settings, images, output, kubernetes=kubernetes)
     click.echo(f"wrote {output}")
 

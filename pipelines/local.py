@@ -24,7 +24,7 @@ from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 import diffstill
 import docker
 from components.images import TAGGED, Images
-from diffstill.artifacts import file_digest, refuse_foreign
+from diffstill.artifacts import file_digest, refuse_foreign, refuse_overlap
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, score_names
@@ -93,6 +93,8 @@ def run_local(
         raise DiffstillError(
             "--publish makes a version in MLflow, and MLFLOW_TRACKING_URI is `none`; set it to your server, or unset it for mlflow.db here"
         )
+    given_places = {"prepare.location": params.prepare.location, "pretrain.location": params.pretrain.location}
+    refuse_overlap(folder, {name: place for name, place in given_places.items() if place})
     for name in (*_places(params), CARD):
         refuse_foreign(folder / "artifacts" / name)
     images = Images(executor.image, executor.image)

@@ -181,10 +181,8 @@ def test_missing_inputs_are_refused_before_the_stage_is_loaded(tiny_chain, tmp_p
 def test_an_output_of_another_kind_is_refused_before_the_stage_starts(tiny_chain, caplog):
     caplog.set_level(logging.INFO, logger="diffstill")
     before = contents(tiny_chain.artifacts)
-    with pytest.raises(DiffstillError, match="holds a `generator` artifact; refusing to replace it by `distilled`"):
-        run_stage(
-            "sample", tiny_chain.params.sample, {"generator": tiny_chain.artifacts / "generator", "distilled": tiny_chain.artifacts / "generator"}
-        )
+    with pytest.raises(DiffstillError, match="holds a `images` artifact; refusing to replace it by `distilled`"):
+        run_stage("sample", tiny_chain.params.sample, {"generator": tiny_chain.artifacts / "generator", "distilled": tiny_chain.artifacts / "images"})
     assert caplog.messages == []
     assert contents(tiny_chain.artifacts) == before
 

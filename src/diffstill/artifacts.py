@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
@@ -180,6 +180,7 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
     An earlier `kind` at `folder` stays until then and is replaced. Raises `DiffstillError` if `folder` holds anything else.
     """
     refuse_foreign(folder, kind)
+    refuse_overlap(folder, {name: artifact.folder for name, artifact in inputs.items()})
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Draft(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
     try:
@@ -243,6 +244,23 @@ def refuse_foreign(folder: Path, kind: Kind | None = None) -> None:
         raise DiffstillError(f"{folder}: exists and is not an artifact; refusing to replace it, remove it or choose another output folder")
     if kind not in (None, found):
         raise DiffstillError(f"{folder}: holds a `{found}` artifact; refusing to replace it by `{kind}`, remove it or choose another output folder")
+
+
+def refuse_overlap(output: Path | str, inputs: Mapping[str, Path | str]) -> None:
+    """Raise `DiffstillError` if the output is an input, lies in one or holds one, links followed: writing the one would ruin the other."""
+    target = _resolved(output)
+    for name, given in inputs.items():
+        place = _resolved(given)
+        if target == place or place in target.parents or target in place.parents:
+            how = "is" if target == place else "lies inside" if place in target.parents else "holds"
+            raise DiffstillError(
+                f"{output}: the output {how} the input `{name}` ({given}), which would be ruined; choose another place for the output"
+            )
+
+
+def _resolved(place: Path | str) -> PurePath:
+    """Where it lies, without links; a place in a store as it is written."""
+    return PurePosixPath(place) if isinstance(place, str) and "://" in place else Path(place).expanduser().resolve()
 
 
 def _kind_at(folder: Path) -> str | None:

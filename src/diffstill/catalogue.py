@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.markdown import Markdown
 from rich.table import Table
 
-from diffstill.artifacts import Kind, read_manifest
+from diffstill.artifacts import Kind, read_manifest, refuse_overlap
 from diffstill.config import load_params
 from diffstill.errors import DiffstillError
 
@@ -141,6 +141,7 @@ def place_copy(source: Path, target: Path, kind: Kind) -> None:
         if read_manifest(target, kind).digest != read_manifest(source, kind).digest:
             raise DiffstillError(f"{target}: holds another `{kind}` artifact; remove it, or choose another --output")
         return
+    refuse_overlap(target, {kind: source})
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
         shutil.copytree(source, Path(aside) / "new")
@@ -202,7 +203,9 @@ def compare(first: str, second: str, output: Path) -> None:
     from diffstill import compare as comparing
     from diffstill.registry import find
 
-    found = comparing.compare(find(first), find(second))
+    pair = find(first), find(second)
+    refuse_overlap(output, {one.ref: one.folder() for one in pair})
+    found = comparing.compare(*pair)
     if not output.parent.is_dir():
         raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
     output.write_text(comparing.render(found), encoding="utf-8")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from diffstill.artifacts import refuse_overlap
 from diffstill.errors import DiffstillError
 from diffstill.loading import DistilledSet
 from diffstill.record import Progress, Record, ignore
@@ -71,6 +72,7 @@ def export(
     Raises `DiffstillError` if `folder` holds something, on a class name that the format cannot express, and without the
     libraries of the extra `export`.
     """
+    refuse_overlap(folder, {"set": opened.artifact.folder})
     with _appearing(folder) as partial, record.progress("export", len(opened), "img") as progress, _libraries(format):
         _WRITERS[format](opened, partial, progress)
         if format == "huggingface":

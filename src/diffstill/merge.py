@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from diffstill.artifacts import open_artifact
+from diffstill.artifacts import open_artifact, refuse_overlap
 from diffstill.errors import DiffstillError
 from diffstill.networks import ABOUT, apply_delta, fold_scales, open_generator, save_generator
 
@@ -29,6 +29,7 @@ def merge(generator: Path, denoiser: Path, output: Path, seed: int | None = None
     chosen = int(seeds[0]) if seed is None else seed
     if chosen not in seeds:
         raise DiffstillError(f"--seed {chosen}: {denoiser} has no such fine-tune; it has {', '.join(map(str, seeds))}")
+    refuse_overlap(output, {"generator": generator, "denoiser": denoiser})
     if output.exists():
         raise DiffstillError(f"{output}: is there already; remove it or choose another folder")
     opened = open_generator(made)

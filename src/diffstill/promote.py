@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffstill.artifacts import DESKTOP_LITTER, Kind, open_artifact
+from diffstill.artifacts import DESKTOP_LITTER, Kind, open_artifact, refuse_overlap
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import Lineage
 from diffstill.registry import KINDS, Found
@@ -113,6 +113,7 @@ def _place(sources: Mapping[Kind, Path], folder: Path) -> None:
     if folder.exists():
         _refuse_other_content(folder, wanted)
         return
+    refuse_overlap(folder, {str(kind): source for kind, source in sources.items()})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
         arriving = Path(aside) / folder.name

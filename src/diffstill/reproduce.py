@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from diffstill import __version__, storage
-from diffstill.artifacts import ANCESTORS, MANIFEST, Array, Artifact, Kind, cache_folder, open_artifact, read_manifest
+from diffstill.artifacts import ANCESTORS, MANIFEST, Array, Artifact, Kind, cache_folder, open_artifact, read_manifest, refuse_overlap
 from diffstill.config import load_params
 from diffstill.environment import environment
 from diffstill.errors import DiffstillError, without_secrets
@@ -102,6 +102,7 @@ def reproduce(
     folder = folder.absolute()
     lineage = Lineage.of(open_artifact(found.folder(), "distilled"))
     places = _places(found.ref, lineage, {"data": data, "weights": weights, "autoencoder": autoencoder})
+    refuse_overlap(folder, {found.ref: found.folder(), **places})
     code = _claim(folder, found, _code(found))
     params = _write_params(folder / "params.yaml", found, lineage)
     if code.folder is None:

@@ -20,7 +20,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from diffstill import storage
-from diffstill.artifacts import ANCESTORS, MANIFEST, Kind, cache_folder, open_artifact, read_manifest, refuse_foreign, work_root
+from diffstill.artifacts import ANCESTORS, MANIFEST, Kind, cache_folder, open_artifact, read_manifest, refuse_foreign, refuse_overlap, work_root
 from diffstill.config import Params, Section
 from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
@@ -159,6 +159,7 @@ def run_stage(
     """
     stage, step = STAGES[name], step or name
     main = _is_main(name, stage)
+    refuse_overlap(paths[stage.output], dict(_taken(stage, config, paths)))
     remote, paths = _landing(stage, paths)
     config, paths = _brought(stage, config, _gathered(stage, paths))
     _require(stage, paths)
@@ -208,6 +209,16 @@ def _landing(stage: Stage, paths: Mapping[str, Any]) -> tuple[str | None, Mappin
         raise DiffstillError(f"{remote!r}: cannot be written to; give a folder or s3://<bucket>/<prefix> for `{stage.output}`")
     storage.probe(remote)
     return remote, {**paths, stage.output: work_root() / "outgoing" / hashlib.sha256(remote.encode()).hexdigest()[:16]}
+
+
+def _taken(stage: Stage, config: Section, paths: Mapping[str, Any]) -> Iterator[tuple[str, Path | str]]:
+    """All places that a stage reads, by the name of what lies there."""
+    for name in (*stage.inputs, *stage.optional, *stage.many, "parts"):
+        given = paths.get(name) or ()
+        yield from ((name, one) for one in ([given] if isinstance(given, str | Path) else given))
+    for name, named in stage.outside.items():
+        if place := paths.get(name) or getattr(config, named):
+            yield name, place
 
 
 def _gathered(stage: Stage, paths: Mapping[str, Any]) -> dict[str, Any]:
