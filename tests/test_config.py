@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 
 from diffstill.config import PRESETS, Params, PrepareConfig, PublishConfig, Section, json_schema, load_params, preset, read_json, render_params
 from diffstill.errors import DiffstillError
+from pipelines.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "docs" / "params.schema.json"
@@ -350,4 +352,26 @@ def test_what_no_version_can_be_is_refused(wrong):
 def test_a_protocol_that_does_not_fit_is_refused_when_the_file_is_read(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(DiffstillError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [(BOMB, 2), ("sample: &s {steps: 3}\nevaluate: *s\n", 2), ("a: &a {b: 1}\nprepare:\n  <<: *a\n", 3), ("a: &a [*a]\n", 1)]
+)
+def test_aliases_are_refused_before_they_grow(tmp_path, text, line):
+    """All that reads YAML reads it here: parameters, and the settings of the pipeline."""
+    (tmp_path / "file.yaml").write_text(text)
+    for read in (load_params, load_settings):
+        started = time.monotonic()
+        with pytest.raises(DiffstillError, match=rf"file.yaml: line {line}: holds the alias \*\w+, which is not taken here; write the value out"):
+            read(tmp_path / "file.yaml")
+        assert time.monotonic() - started < 5
+
+
+def test_a_file_of_parameters_has_a_size(tmp_path):
+    (tmp_path / "params.yaml").write_text("# " + "x" * 2**18)
+    with pytest.raises(DiffstillError, match=r"has 262,146 bytes, above the 262,144 that are read; write one with `diffstill preset"):
         load_params(tmp_path / "params.yaml")

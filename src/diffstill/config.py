@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError, without_secrets
@@ -67,6 +69,8 @@ CLASSES: Mapping[str, int] = {
     "imagenet1k": 1000,
 }
 """How many classes a dataset has, where that is known without reading it."""
+LONGEST_YAML = 2**18
+"""Bytes of a file of parameters, which take some seconds to parse: ten times what a thousand classes need."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -464,8 +468,14 @@ def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
     """The sections of a YAML file. Raises `DiffstillError` naming every wrong entry, its value and the rule; `advice` says how to get a right file."""
     if not path.is_file():
         raise DiffstillError(f"{path}: no such file; {advice}")
+    if (size := path.stat().st_size) > LONGEST_YAML:
+        raise DiffstillError(f"{path}: has {size:,} bytes, above the {LONGEST_YAML:,} that are read; {advice}")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _WithoutAliases
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"))
+    except _AliasError as error:
+        raise DiffstillError(f"{path}: {_first_problem(error)}; write the value out in each place") from error
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DiffstillError(f"{path}: not valid YAML ({_first_problem(error)})") from error
     if not isinstance(values, dict | None):
@@ -476,6 +486,21 @@ def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
         raise DiffstillError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
         raise DiffstillError(f"{path}: holds a value that is no number, text, list or mapping ({error})") from error
+
+
+class _AliasError(ComposerError):
+    """A value that stands for another."""
+
+
+class _WithoutAliases(Composer):
+    """Ten lines of aliases of aliases make a value of a billion parts."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node of the file."""
+        if self.loader.parser.check_event(AliasEvent):
+            event = self.loader.parser.peek_event()
+            raise _AliasError(problem=f"holds the alias *{event.anchor}, which is not taken here", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def read_json(text: str, model: type[SectionType]) -> SectionType:
