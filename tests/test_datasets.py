@@ -583,6 +583,43 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     assert np.abs(np.asarray(image.convert("L")).astype(int) - upright).max() <= 4
 
 
+def exif_of(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of tags (number, type, count, four bytes of value or place), little-endian."""
+    entries = b"".join(struct.pack("<HHI4s", *tag) for tag in sorted(tags))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + struct.pack("<ii", -1, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (0x011A, 10, 1, struct.pack("<I", 38)),  # XResolution -1/0, signed
+        (0x011A, 2, 4, b"abc\0"),  # XResolution as text
+        (0x011A, 5, 1, struct.pack("<I", 10**9)),  # its value far behind the end
+        (0x0131, 3, 1, struct.pack("<HH", 7, 0)),  # Software as a number
+        (0x8769, 4, 1, struct.pack("<I", 10**9)),  # camera settings nowhere
+        (0x9286, 99, 1, bytes(4)),  # of no known type
+    ],
+)
+def test_orientation_is_read_beside_a_malformed_tag(tmp_path, suffix, tag):
+    stored = np.zeros((16, 16), np.uint8)
+    stored[:8, :8], stored[:8, 8:] = 200, 100
+    exif = exif_of((0x0112, 3, 1, struct.pack("<HH", 6, 0)), tag)
+    image = decoded(Image.fromarray(stored), tmp_path / f"x.{suffix}", 16, exif=exif)
+    assert np.abs(np.asarray(image.convert("L")).astype(int) - np.rot90(stored, -1)).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0no such thing", b"Exif\0\0II*\0", exif_of((0x0112, 2, 1, b"6\0\0\0")), exif_of((0x0112, 3, 1, b"\x63\0\0\0"))]
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_picture_without_a_readable_orientation_is_as_it_is_stored(tmp_path, suffix, exif):
+    picture = Image.fromarray(noise((16, 16)) // 4 * 4)
+    plainly = np.asarray(decoded(picture, tmp_path / f"y.{suffix}", 16))
+    assert np.array_equal(decoded(picture, tmp_path / f"x.{suffix}", 16, exif=exif), plainly)
+
+
 def test_palettes_become_colour(tmp_path):
     image = Image.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 250, 10, 60])

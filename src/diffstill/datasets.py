@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
 import numpy.typing as npt
 import requests
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose as Turn
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
@@ -69,6 +71,14 @@ FASHION_DIGESTS: Mapping[str, str] = {
 
 # Pillow raises all of these on malformed files; MemoryError and our own mistakes of other kinds are not among them.
 _BAD_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error)
+_TURNS: Mapping[Any, Turn] = dict(
+    zip(
+        range(2, 9),
+        (Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90),
+        strict=True,
+    )
+)
+"""What makes an image of each EXIF orientation upright."""
 _CHUNK = 1 << 20
 _SHOWN = 5
 _RUN = 16  # images that a thread reads at a time
@@ -714,7 +724,18 @@ def decode(path: Path, side: int, max_pixels: int) -> Image.Image:
             raise ValueError(f"has no pixels ({width} x {height})")
         if width * height > max_pixels:
             raise ValueError(f"has {width} x {height} pixels, above `prepare.max_pixels` {max_pixels}")
-        return _resized(_flattened(_square(ImageOps.exif_transpose(image))), side)
+        return _resized(_flattened(_square(_upright(image))), side)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as its EXIF says. Of that the orientation alone is read: cameras and editors write other tags that are malformed."""
+    image.load()  # which turns a TIFF
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _BAD_IMAGE:  # of no EXIF at all, like any viewer
+        return image
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _square(image: Image.Image) -> Image.Image:
