@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from diffstill import __version__, storage
+from diffstill import __version__, database, storage
 from diffstill.artifacts import MANIFEST, Artifact, Kind, cache_folder, is_digest, open_artifact, read_manifest
 from diffstill.environment import environment
 from diffstill.errors import DiffstillError, without_secrets
@@ -126,7 +126,7 @@ class Registry:
     @classmethod
     def at(cls, uri: str) -> Registry:
         """The registry at that URI, whatever the environment says. Raises `DiffstillError` for a database that is not there: MLflow would make an empty one."""
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        if (file := database.file_of(uri)) and not file.is_file():
             raise DiffstillError(
                 f"{uri}: no such database, so it knows no version; set MLFLOW_TRACKING_URI, or --registry, to the MLflow that has them"
             )

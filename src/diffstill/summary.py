@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def print_summary(artifacts: Path) -> None:
     console.print(f"report     {report.absolute() / 'report.html'}")
     for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
         console.print(f"distilled  {artifacts.absolute() / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
-    if tracking_uri().startswith("sqlite:"):
-        console.print(f"MLflow     mlflow ui --backend-store-uri {tracking_uri()}")
+    if tracking_uri().startswith("sqlite"):
+        console.print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(tracking_uri())}")
     elif tracking_uri() != OFF:
         console.print(f"MLflow     {without_secrets(tracking_uri())}")
 

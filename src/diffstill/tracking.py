@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
+from diffstill import database
 from diffstill.artifacts import Artifact
 from diffstill.config import Params, Section
 from diffstill.errors import DiffstillError, without_secrets
@@ -51,7 +53,7 @@ USUAL_PLACES = {"digits": "sklearn.datasets.load_digits", "fashion-mnist": "the 
 
 def tracking_uri() -> str:
     """Where runs go: `MLFLOW_TRACKING_URI`, or an sqlite file in the current folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or database.uri_of(Path.cwd() / "mlflow.db")
 
 
 def git_sha() -> str:
@@ -163,7 +165,10 @@ def connect(uri: str | None = None) -> MlflowClient:
     for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry is a warning there; what fails in the end is our message
-    return MlflowClient(uri, registry_uri=uri) if uri else MlflowClient(tracking_uri())
+    address = uri or tracking_uri()
+    with database.alone(address):
+        database.check(address)
+        return MlflowClient(address, registry_uri=uri)
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def answering(uri: str | None = None) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
         reason = without_secrets(" ".join(str(error).split()))
         reason = reason if len(reason) <= SHOWN else f"{reason[: SHOWN // 2]} ... {reason[-SHOWN // 2 :]}"  # the cause stands at the end
         raise DiffstillError(
@@ -190,7 +195,8 @@ def _experiment(client: MlflowClient) -> str:
     found = client.get_experiment_by_name(name)
     if found:
         return str(found.experiment_id)
-    location = (Path.cwd() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite:") else None
+    file = database.file_of(tracking_uri())
+    location = (file.parent / database.ARTIFACTS).as_uri() if file else None
     try:
         return str(client.create_experiment(name, artifact_location=location, tags={DESCRIPTION: ABOUT}))
     except MlflowException as error:
@@ -210,6 +216,11 @@ def _parent(client: MlflowClient, params: Params | None, step: str) -> str:
     A chain is named by `DIFFSTILL_CHAIN` (on a cluster: the id of the pipeline's run), else by its parameters and commit.
     """
     chain = os.environ.get("DIFFSTILL_CHAIN") or chain_name(params, step)
+    with database.alone(tracking_uri()):
+        return _found_or_made(client, chain, params, step)
+
+
+def _found_or_made(client: MlflowClient, chain: str, params: Params | None, step: str) -> str:
     experiment = _experiment(client)
     found = client.search_runs([experiment], filter_string=f"tags.`{CHAIN_TAG}` = '{chain}'", max_results=1)
     if found:
