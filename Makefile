@@ -47,6 +47,7 @@ bench: setup  ## all benchmarks at sizes for a CPU, one after the other; leave t
 	$(BENCH).memory --device cpu --batch 8 64 256 --steps 5 --warm 1
 	$(BENCH).sample --device cpu --batch 16 --sampler-steps 10
 	$(BENCH).students
+	$(BENCH).students --student convnet-3 --side 28 --channels 1
 	$(BENCH).prepare
 	$(BENCH).encode
 	$(BIN)/python benchmarks/upload.py

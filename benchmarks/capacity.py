@@ -57,14 +57,15 @@ def count_work(params: Params, classes: int) -> Work:
     """Forward passes of DiT-XL/2, the autoencoder's halves and the first student, on the meta device."""
     generator = random_generator(SIZES["xl"], "meta")
     side = params.prepare.side or SIZES["xl"].side
-    student = build_student(params.evaluate.students[0], classes=classes, channels=3, side=side, seed=0).to("meta")
+    seen = protocol(params.evaluate.protocol).side or side
+    student = build_student(params.evaluate.students[0], classes=classes, channels=3, side=seen, seed=0).to("meta")
     picture, latent = torch.zeros(1, 3, side, side, device="meta"), torch.zeros(1, 4, side // 8, side // 8, device="meta")
     with FlopCounterMode(display=False) as encoding, torch.no_grad():
         generator.vae.encode(picture)
     with FlopCounterMode(display=False) as decoding, torch.no_grad():
         generator.vae.decode(latent)
     with FlopCounterMode(display=False) as looking, torch.no_grad():
-        student(picture)
+        student(torch.zeros(1, 3, seen, seen, device="meta"))
     return Work(forward_flop(generator), float(encoding.get_total_flops()), float(decoding.get_total_flops()), float(looking.get_total_flops()))
 
 
