@@ -178,7 +178,7 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("- 1\n- 2\n", "holds [1, 2] where sections are expected (prepare, "),
         ("digits", "holds 'digits' where sections are expected (prepare, "),
         ("prepare: {location: 2020-01-01}", "holds a value that is no number, text, list or mapping"),
-        ("prepare: &itself [*itself]", "holds a value that is no number, text, list or mapping"),
+        ("prepare: &itself [*itself]", "line 1: holds the alias *itself, which is not taken here"),
         ("? [1, 2]\n: 3\n", "holds a value that is no number, text, list or mapping"),
     ],
 )
