@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 300.0
 TAIL = 15
 """Lines of its log that are shown of a failed task."""
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
-SCAFFOLD = re.compile(r"root|executor(\(\d+\))?|.*-driver|(for-loop|condition|exit-handler)-.*|iteration.*")
+SCAFFOLD = re.compile(r"root|executor(\(\d+\))?|.*-driver|(for-loop|each|condition|if|exit-handler)-.*|iteration.*")
 """Nodes of the workflow that are no tasks of the pipeline."""
 EXECUTOR = re.compile(r"executor(\(\d+\))?")
 """The node that runs the container of a task, and its further attempts."""

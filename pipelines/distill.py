@@ -1,6 +1,6 @@
 """The whole chain as one pipeline, from the preflight to the report and the version in the registry, and the arguments of a run.
 
-Loops are one level deep and short, no loop stands in an exit handler, and no importer in a loop: backends fail on these.
+Loops are one level deep and short, no loop stands in an exit handler, and nothing is imported: backends fail on these.
 """
 
 import json
@@ -63,8 +63,8 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
         sample_shards: list[str],
         params: str,
         needs: str,
-        weights_uri: str = "",
         data_version: str = "",
+        weights_version: str = "",
         publish: str = "",
     ) -> Made:
         """Distil and judge.
@@ -82,28 +82,25 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
             sample_shards: The shards that sampling is cut into.
             params: The whole of params.yaml as JSON, for the record.
             needs: What the preflight checks, as JSON.
-            weights_uri: Pretrained weights to import; empty = train from scratch, or fetch from the hub what section `pretrain` names.
             data_version: What tells the data from other data at the same location; empty = the location does.
+            weights_version: The same of pretrained weights.
             publish: Section `publish` of params.yaml as JSON; empty = make no version in the registry.
 
         """
         checked = place(check_needs(needs=needs, params=params), "preflight")
         images = place(prepare_images(config=prepare, data_version=data_version).after(checked), "prepare").outputs["images"]
 
-        with dsl.ParallelFor(students) as student:  # before the long stages, so that a baseline that cannot be drawn is known early
+        with dsl.ParallelFor(
+            students, name="each-student-on-real"
+        ) as student:  # before the long stages, so that a baseline that cannot be drawn is known early
             real = place(
                 train_students(config=evaluate, images=images, student=student, step=f"evaluate-real@{student}"), "evaluate", "evaluate-real"
             )
 
-        with dsl.If(weights_uri == "", name="train"):
-            trained = place(make_generator(config=pretrain, images=images), "pretrain")
-        with dsl.Else(name="import"):
-            weights = dsl.importer(artifact_uri=weights_uri, artifact_class=dsl.Model, reimport=True).set_caching_options(False)
-            imported = place(make_generator(config=pretrain, images=images, weights=weights.output), "pretrain", "pretrain-import")
-        generator = dsl.OneOf(trained.outputs["generator"], imported.outputs["generator"])
+        generator = place(make_generator(config=pretrain, images=images, data_version=weights_version), "pretrain").outputs["generator"]
 
         encoding = {"config": encode, "images": images, "generator": generator}
-        with dsl.ParallelFor(encode_shards) as shard:
+        with dsl.ParallelFor(encode_shards, name="each-shard-of-latents") as shard:
             part = place(encode_images(**encoding, shard=shard), "encode", "encode-shard").outputs["latents"]
         latents = place(encode_images(**encoding, parts=dsl.Collected(part)), "gather", "encode").outputs["latents"]
 
@@ -111,14 +108,14 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
 
         tuning = {"config": sample, "generator": generator, "denoiser": denoiser}
         plain = {"config": sample, "generator": generator, "step": "sample-untuned"}
-        with dsl.ParallelFor(sample_shards) as shard:
+        with dsl.ParallelFor(sample_shards, name="each-shard-of-images") as shard:
             tuned_part = place(draw_images(**tuning, shard=shard), "sample", "sample-shard").outputs["distilled"]
             plain_part = place(draw_images(**plain, shard=shard), "sample", "sample-untuned-shard").outputs["distilled"]
         distilled = place(draw_images(**tuning, parts=dsl.Collected(tuned_part)), "gather", "sample").outputs["distilled"]
         untuned = place(draw_images(**plain, parts=dsl.Collected(plain_part)), "gather", "sample-untuned").outputs["distilled"]
 
         judging = {"config": evaluate, "images": images}
-        with dsl.ParallelFor(students) as student:
+        with dsl.ParallelFor(students, name="each-student-on-drawn") as student:
             cells = {
                 f"{source}_scores": place(
                     train_students(**judging, distilled=made, student=student, step=f"evaluate@{source}-{student}"), "evaluate", f"evaluate-{source}"
@@ -132,7 +129,7 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
             return {name: dsl.Collected(cell.outputs["scores"]) for name, cell in cells.items()}
 
         told = place(gather_scores(config=report, images=images, denoiser=denoiser, distilled=distilled, untuned=untuned, **scores()), "report")
-        with dsl.If(publish != "", name="registry"):
+        with dsl.If(publish != "", name="if-published"):
             place(make_version(config=publish, distilled=distilled, report=told.outputs["report"]), "publish")
         single = {"images": images, "generator": generator, "latents": latents, "denoiser": denoiser, "distilled": distilled, "untuned": untuned}
         return Made(**single, **scores(), report=told.outputs["report"])
@@ -141,7 +138,13 @@ def build(infra: InfraConfig, images: Images, *, caching: bool = True) -> BaseCo
 
 
 def arguments(
-    params: Params, settings: Settings | None, shards: ShardsConfig, data_version: str = "", *, publish: bool = False
+    params: Params,
+    settings: Settings | None,
+    shards: ShardsConfig,
+    data_version: str = "",
+    weights_version: str = "",
+    *,
+    publish: bool = False,
 ) -> Mapping[str, str | list[str]]:
     """The arguments of a run: one JSON text per section, because Kubeflow turns integers in mappings into floats.
 
@@ -166,10 +169,8 @@ def arguments(
         "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
         "params": params.canonical(),
         "needs": json.dumps(_needs(settings, params.publish if publish else None), sort_keys=True),
-        "weights_uri": ""
-        if params.pretrain.source == "scratch" or (params.pretrain.location or "").startswith("hf://")
-        else params.pretrain.location or "",
         "data_version": data_version,
+        "weights_version": weights_version,
     }
 
 

@@ -19,7 +19,6 @@ from kfp import local
 from kfp.dsl.base_component import BaseComponent
 from kfp.local import docker_task_handler
 from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
-from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 
 import diffstill
 import docker
@@ -27,7 +26,7 @@ from components.images import TAGGED, Images
 from diffstill.artifacts import file_digest, refuse_foreign, refuse_overlap
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
-from diffstill.run import STAGES, score_names
+from diffstill.run import STAGES, fingerprint, score_names
 from diffstill.tracking import OFF, chain_name, tracking_uri
 from pipelines.distill import arguments, build
 from pipelines.settings import InfraConfig, Settings, ShardsConfig
@@ -99,7 +98,8 @@ def run_local(
         refuse_foreign(folder / "artifacts" / name)
     images = Images(executor.image, executor.image)
     pipeline = build(_at_hand(settings.infra, retries), images)
-    given = arguments(params, None, shards, _data_version(params), publish=publish)
+    versions = _version(params.prepare.location), _version(params.pretrain.location, params.pretrain.autoencoder)
+    given = arguments(params, None, shards, *versions, publish=publish)
     with _environment(DIFFSTILL_CHAIN=chain_name(params), MLFLOW_TRACKING_URI=tracking_uri()), _alone(folder):
         outputs = execute(pipeline, given, folder, executor, cache=cache)
         made = _lay_out(outputs, params, folder / "artifacts")
@@ -158,10 +158,9 @@ class _Told(io.TextIOBase):
         return len(text)
 
 
-def _data_version(params: Params) -> str:
-    """Names, sizes and times of the files where `location` points, so that the cache does not take new files for the old ones."""
-    folders = [Path(location) for location in (params.prepare.location, params.pretrain.location) if location and Path(location).is_dir()]
-    found = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+def _version(*locations: str | None) -> str:
+    """What tells the files at these places from others there, so that the cache does not take new ones for the old; empty where there is no place."""
+    found = [fingerprint(location) for location in locations if location]
     return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""
 
 
@@ -212,9 +211,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _mend_kfp() -> None:
-    """Kfp 2.17.0 cannot choose among artifacts locally, takes conditions on texts with quotes for false, and may take a failed container for a good one."""
+    """Kfp 2.17.0 takes conditions on texts with quotes for false, and may take a failed container for a good one."""
     ConditionEvaluator._resolve_pipeline_channel = staticmethod(_in_quotes)
-    OrchestratorUtils.get_dag_output_artifacts = staticmethod(_chosen_artifacts)
     docker_task_handler.run_docker_container = _run_container
 
 
@@ -225,22 +223,6 @@ def _in_quotes(reference: str, io_store: Any) -> Any:
     """A value of a condition; a text as it may stand between the single quotes that kfp puts around it."""
     value = _value_of(reference, io_store)
     return value.replace("\\", "\\\\").replace("'", "\\'") if isinstance(value, str) else value
-
-
-def _chosen_artifacts(dag_outputs_spec: Any, io_store: Any) -> dict[str, Any]:
-    """The artifacts that a part of the pipeline gives; of several selectors (`dsl.OneOf`) the one whose branch ran."""
-    chosen = {}
-    for name, spec in dag_outputs_spec.artifacts.items():
-        found = []
-        for selector in spec.artifact_selectors:
-            try:
-                found.append(io_store.get_task_output(selector.producer_subtask, selector.output_artifact_key))
-            except (KeyError, ValueError):  # the branch did not run
-                continue
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} branches gave {name}, expected exactly one")
-        chosen[name] = found[0]
-    return chosen
 
 
 def _run_container(client: Any, image: str, command: list[str], volumes: Mapping[str, Any], **options: Any) -> int:

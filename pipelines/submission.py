@@ -39,10 +39,13 @@ class Submission:
         write_package(self.settings, self.images, package, caching=self.caching)
 
     def repeating(self) -> Self:
-        """For a schedule: each run takes the data as they are then, and its time keeps it from being served from the cache."""
-        if not self.asked.prepare.location:
-            return self
-        unpinned = {"prepare": self.asked.prepare.canonical(), "params": self.asked.canonical(), "data_version": CURRENT_TIME}
+        """For a schedule: each run takes the data as they are then, and its time keeps it from being served from the cache; the same of weights in S3."""
+        asked, weights = self.asked, (self.asked.pretrain.location, self.asked.pretrain.autoencoder)
+        unpinned: dict[str, str] = {}
+        if asked.prepare.location:
+            unpinned = {"prepare": asked.prepare.canonical(), "params": asked.canonical(), "data_version": CURRENT_TIME}
+        if any(place and place.startswith("s3://") for place in weights):
+            unpinned["weights_version"] = CURRENT_TIME
         return replace(self, arguments={**self.arguments, **unpinned})
 
     def told(self) -> dict[str, Any]:
@@ -64,13 +67,14 @@ def prepare(
     """Raises `DiffstillError` on parameters that no cluster can run, and on data that its pods could not get."""
     _refuse_weights(params)
     found = pinned(params, allow_unpushed=allow_unpushed)
-    given = arguments(found, settings, settings.shards, data_version(found), publish=publish)
+    versions = listed(found.prepare.location), listed(found.pretrain.location, found.pretrain.autoencoder)
+    given = arguments(found, settings, settings.shards, *versions, publish=publish)
     title = name or f"{params.prepare.source} ipc{params.sample.images_per_class} {git_sha()[:8]}"
     return Submission(title, params, settings, images, given, caching and images.by_digest)
 
 
 def pinned(params: Params, *, allow_unpushed: bool) -> Params:
-    """The parameters with data in a DVC repository, and weights on the hub, named by commit, so that the cache of the cluster knows them by content."""
+    """The parameters with what lies in a DVC repository or on the hub named by commit, so that the cache of the cluster knows it by content."""
     params = params.model_copy(update={"pretrain": _pinned_weights(params.pretrain)})
     location = params.prepare.location
     if location is None:
@@ -93,27 +97,24 @@ def pinned(params: Params, *, allow_unpushed: bool) -> Params:
 
 def _pinned_weights(config: PretrainConfig) -> PretrainConfig:
     named = {name: references.parse(place) for name, place in (("location", config.location), ("autoencoder", config.autoencoder)) if place}
-    found = {name: str(references.pin(place)) for name, place in named.items() if isinstance(place, references.HubReference)}
+    found = {name: str(references.pin(place)) for name, place in named.items() if place}
     return config.model_copy(update=found)
 
 
 def _refuse_weights(params: Params) -> None:
-    """Weights reach a cluster by its importer, which reads object stores, or by the stage itself, which reads S3 and the hub."""
-    location, autoencoder = params.pretrain.location, params.pretrain.autoencoder
-    if location and not location.startswith(("s3://", "gs://", "minio://", "hf://")):
-        raise DiffstillError(
-            f"`pretrain.location` {location!r} is not in an object store, where a cluster could import it from; upload the folder and name it as s3://<bucket>/<prefix>"
-        )
-    if autoencoder and not references.parse(autoencoder):
-        raise DiffstillError(
-            f"`pretrain.autoencoder` {autoencoder!r} is a path of this machine, which the pods of a cluster do not see; "
-            f"name it as s3://<bucket>/<prefix> or {references.HUB_FORM}, or take ema or mse"
-        )
+    """Weights reach a cluster by the stage, which reads S3, the hub and DVC."""
+    for name, place in (("location", params.pretrain.location), ("autoencoder", params.pretrain.autoencoder)):
+        if place and not references.parse(place):
+            or_else = ", or take ema or mse" * (name == "autoencoder")
+            raise DiffstillError(
+                f"`pretrain.{name}` {place!r} is a path of this machine, which the pods of a cluster do not see; "
+                f"upload the folder and name it as s3://<bucket>/<prefix> or {references.HUB_FORM}{or_else}"
+            )
 
 
-def data_version(params: Params) -> str:
-    """What tells data and weights below S3 prefixes from others there; where this machine cannot list them, a new name each time, so that they are read anew."""
-    named = [references.parse(location) for location in (params.prepare.location, params.pretrain.location) if location]
+def listed(*locations: str | None) -> str:
+    """What tells what lies below S3 prefixes from other things there; where this machine cannot list it, a new name each time, so that it is read anew."""
+    named = [references.parse(location) for location in locations if location]
     try:
         return "-".join(references.listing_digest(reference) for reference in named if isinstance(reference, references.S3Reference))
     except DiffstillError as error:

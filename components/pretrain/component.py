@@ -11,7 +11,7 @@ def pretrain(
     images: dsl.Input[dsl.Dataset],
     generator: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
-    weights: dsl.Input[dsl.Model] = None,
+    data_version: str = "",
 ) -> None:
     """Train a small generator on the training split, or take over a DiTPipeline folder.
 
@@ -20,9 +20,9 @@ def pretrain(
         images: Real images, from prepare.
         generator: Autoencoder and transformer, as diffusers opens them.
         metrics: What the stage measured.
-        weights: A diffusers DiTPipeline folder, in place of `pretrain.location`.
+        data_version: What tells pretrained weights from others at the same location, so that the cache does not take one for the other; empty = the location does.
 
     """
     from diffstill.task import run_task
 
-    run_task("pretrain", config, images=images, generator=generator, metrics=metrics, weights=weights)
+    run_task("pretrain", config, images=images, generator=generator, metrics=metrics, data_version=data_version)

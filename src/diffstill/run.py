@@ -338,10 +338,10 @@ def _has_seen(output: Path, kind: Kind, outside: Mapping[str, str]) -> bool:
 def _outside(stage: Stage, config: Section) -> dict[str, str]:
     """What tells the data and weights that a stage takes from outside from others at the same places; nothing where it takes none."""
     places = {name: getattr(config, name) for name in stage.outside.values()}
-    return {name: f"{place} {_fingerprint(place)}" for name, place in places.items() if place}
+    return {name: f"{place} {fingerprint(place)}" for name, place in places.items() if place}
 
 
-def _fingerprint(place: str) -> str:
+def fingerprint(place: str) -> str:
     """The commit of a repository, the listing of a bucket; of a folder or file here the names, sizes and times; of a URL nothing more."""
     if reference := parse(place):
         return listing_digest(reference) if isinstance(reference, S3Reference) else str(pin(reference))

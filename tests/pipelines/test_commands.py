@@ -237,11 +237,12 @@ def test_a_folder_without_git_is_refused_unless_told(project, server):
     assert server.requests == []
 
 
-def locate(project, location):
+def locate(project, location, pretrain=None):
     params = preset("folder")
     params = params.model_copy(
         update={
             "prepare": params.prepare.model_copy(update={"location": location}),
+            "pretrain": params.pretrain.model_copy(update=pretrain or {}),
             "publish": params.publish.model_copy(update={"name": "distilled-pets"}),
         }
     )
@@ -474,16 +475,21 @@ def test_a_run_is_fetched_as_the_chain_lays_it_out(project, outputs, made, run_i
 def test_data_in_a_bucket_has_a_version_that_changes_with_it(project, server, bucket, monkeypatch):
     """The cache of the cluster knows a task by its arguments: other data below the same prefix must be another argument."""
 
-    def version():
-        return json.loads(submit("--dry-run").stdout)["arguments"]["data_version"]
+    def version(of="data_version"):
+        return json.loads(submit("--dry-run").stdout)["arguments"][of]
 
-    locate(project, "s3://bucket/data")
+    locate(project, "s3://bucket/data", pretrain={"source": "folder", "location": "s3://bucket/weights", "autoencoder": None})
+    bucket.put_object(Key="weights/model_index.json", Body=b"{}")
     bucket.put_object(Key="data/train/a/1.png", Body=b"one")
     first = version()
     assert re.fullmatch("[0-9a-f]{64}", first)
     assert version() == first
     bucket.put_object(Key="data/train/a/1.png", Body=b"two")
-    assert version() != first
+    assert (second := version()) != first
+    weights = version("weights_version")
+    bucket.put_object(Key="weights/model_index.json", Body=b"[]")
+    assert version("weights_version") != weights, "which were imported anew each time before the stage fetched them"
+    assert version() == second, "and the data have not changed"
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     done = submit("--dry-run")
@@ -543,6 +549,14 @@ def test_a_schedule_lives_until_it_is_deleted(project, server):
     assert "has no schedule" in refused(on("schedule delete", schedule))
     assert on(*create, "--every", "3600").exit_code == 0
     assert [one.trigger.periodic_schedule.interval_second for one in server.recurring.values()] == ["3600"]
+
+
+def test_a_schedule_takes_data_and_weights_as_they_are_when_it_runs(project, server, bucket):
+    locate(project, "s3://bucket/data", pretrain={"source": "folder", "location": "s3://bucket/weights"})
+    assert on("schedule create", "--images-lock", "images.lock", "--every", "3600").exit_code == 0
+    (recurring,) = server.recurring.values()
+    versions = [recurring.runtime_config.parameters[name] for name in ("data_version", "weights_version")]
+    assert versions == ["[[CurrentTime]]", "[[CurrentTime]]"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from diffstill.config import Params, preset
 from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, chain
 from diffstill.trainjob import Order
+from pipelines.client import SCAFFOLD
 from pipelines.distill import arguments
 from pipelines.package import write_package
 from pipelines.settings import MAX_ITERATIONS, InfraConfig, Settings, ShardsConfig, load_settings
@@ -39,9 +40,7 @@ def test_a_component_has_the_interface_of_its_stage(name):
     stage, spec = STAGES[name], component(name).component_spec
     artifacts = {item for item, each in spec.inputs.items() if each.type != "String"}
     many = {"distilled_scores", "untuned_scores", "real_scores"} if name == "report" else set()
-    assert artifacts == {*stage.inputs, *stage.optional, *many} | ({"weights"} if name == "pretrain" else set()) | (
-        {"parts"} if stage.sharded else set()
-    )
+    assert artifacts == {*stage.inputs, *stage.optional, *many} | ({"parts"} if stage.sharded else set())
     assert {item for item in artifacts if spec.inputs[item].optional} == artifacts - set(stage.inputs) - many
     texts = {item for item, each in spec.inputs.items() if each.type == "String"}
     assert texts - {"step", "data_version"} == {"config", *stage.options} | ({"shard"} if stage.sharded else set())
@@ -132,7 +131,7 @@ def graph():
     return Graph((GOLDEN / "distill.yaml").read_text())
 
 
-KFP_ONLY = {"preflight", "importer", "pretrain-import", "encode-shard", "sample-shard", "sample-untuned-shard"}
+KFP_ONLY = {"preflight", "encode-shard", "sample-shard", "sample-untuned-shard"}
 
 
 def test_the_pipeline_has_the_steps_of_the_chain(graph):
@@ -142,7 +141,7 @@ def test_the_pipeline_has_the_steps_of_the_chain(graph):
 
 def test_every_task_takes_the_section_of_its_stage(graph):
     for shown, task in graph.tasks.items():
-        if shown in ("preflight", "importer"):
+        if shown == "preflight":
             continue
         stage = re.split("-", shown)[0]
         assert re.match(rf"exec-{stage}(-\d+)?$", task["executor"]), shown
@@ -152,7 +151,7 @@ def test_every_task_takes_the_section_of_its_stage(graph):
 
 def test_artifacts_flow_as_in_the_chain(graph):
     """For each step of the chain: every input is what the step that writes that folder gives."""
-    makes = {"images": "prepare.images", "generator": "pretrain.generator or pretrain-import.generator", "latents": "encode.latents"}
+    makes = {"images": "prepare.images", "generator": "pretrain.generator", "latents": "encode.latents"}
     makes |= {"denoiser": "finetune.denoiser", "distilled": "sample.distilled", "untuned": "sample-untuned.distilled"}
     for step in chain(preset("tiny")):
         shown = re.sub(r"@(distilled|untuned)-.*", r"-\1", step.name).partition("@")[0]
@@ -186,17 +185,30 @@ def test_runs_in_mlflow_have_the_names_of_the_steps(graph):
     assert {step(shown) for shown in ("evaluate-real", "evaluate-distilled", "evaluate-untuned", "sample-untuned")} == names
 
 
-def test_loops_are_one_level_deep_and_hold_no_importer(graph):
+def test_loops_are_one_level_deep_and_nothing_is_imported(graph):
     for shown, task in graph.tasks.items():
-        loops = [part for part in task["path"] if part.startswith("for-loop")]
-        assert len(loops) <= 1, shown
-        assert not (loops and shown == "importer")
+        assert len([part for part in task["path"] if part.startswith("for-loop")]) <= 1, shown
+    assert all("container" in executor for executor in graph.spec["deploymentSpec"]["executors"].values()), "importers have none"
+
+
+def test_loops_and_branches_have_names(graph):
+    """That the page of a run shows, unlike those of tasks; the client tells them from tasks by these."""
+    parts = [(key, task["taskInfo"]["name"]) for key, task in graph.spec["root"]["dag"]["tasks"].items() if key.startswith(("for-loop", "condition"))]
+    assert len({name for _, name in parts}) == len(parts) == 5
+    assert not any(key == name for key, name in parts)
+    assert all(SCAFFOLD.fullmatch(name) for _, name in parts)
+    assert not any(SCAFFOLD.fullmatch(shown) for shown in graph.tasks)
+
+
+def test_weights_and_data_are_told_apart_for_the_cache(graph):
+    versions = {shown: task["inputs"].get("data_version") for shown, task in graph.tasks.items()}
+    assert {shown: version for shown, version in versions.items() if version} == {"prepare": "data_version", "pretrain": "weights_version"}
 
 
 def test_nothing_starts_before_the_preflight(graph):
     assert graph.tasks["prepare"]["after"] == {"preflight"}
     roots = [shown for shown, task in graph.tasks.items() if not task["after"] and not any("." in source for source in task["inputs"].values())]
-    assert roots == ["preflight"] or set(roots) == {"preflight", "importer"}
+    assert roots == ["preflight"]
 
 
 def test_publishing_comes_last_and_only_where_it_is_asked_for(graph):
@@ -208,7 +220,7 @@ def test_publishing_comes_last_and_only_where_it_is_asked_for(graph):
 
 
 def test_what_has_its_effect_outside_is_never_cached(graph):
-    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} == {"preflight", "importer", "publish"}
+    assert {shown for shown, task in graph.tasks.items() if not task["cached"].get("enableCache")} == {"preflight", "publish"}
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -222,7 +234,7 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert Params.model_validate_json(given["params"]) == params
     assert given["students"] == ["convnet-3"]
     assert (given["encode_shards"], given["sample_shards"]) == (["0/2", "1/2"], ["0/3", "1/3", "2/3"])
-    assert (given["weights_uri"], given["data_version"]) == ("", "")
+    assert (given["weights_version"], given["data_version"]) == ("", "")
     needs = json.loads(given["needs"])
     assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
     assert needs["environment"] == ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"]
@@ -270,16 +282,6 @@ def test_the_preflight_asks_for_no_more_than_its_pod_gets():
     values["infra"]["resources"] |= {"pretrain": {"gpus": 2, "shared_memory": "64Gi"}, "finetune": {"gpus": 1, "shared_memory": "1Gi"}}
     needs = json.loads(arguments(preset("tiny"), Settings.model_validate_json(json.dumps(values)), ShardsConfig())["needs"])
     assert (needs["gpus"], needs["shared_memory_gib"]) == (1, 1.0)
-
-
-def test_weights_to_start_from_are_imported():
-    values = preset("tiny").plain()
-    values["pretrain"] |= {"source": "folder", "location": "s3://models/dit"}
-    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == "s3://models/dit"
-    values["pretrain"] |= {"source": "checkpoint", "location": "s3://models/DiT.pt", "autoencoder": "ema"}
-    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == "s3://models/DiT.pt"
-    values["pretrain"] |= {"location": "hf://someone/DiT@main"}  # which no importer reads, but the stage
-    assert arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())["weights_uri"] == ""
 
 
 def test_what_a_pipeline_cannot_do_is_refused():
@@ -359,7 +361,7 @@ def test_a_task_without_a_gpu_waits_in_no_queue(placed):
 def test_pods_are_labelled_by_the_entry_of_the_settings_that_they_follow(placed):
     """Network policies, alerts and dashboards know them by that."""
     component = "app.kubernetes.io/component"
-    seen = {shown: pod(placed, shown)[1]["podMetadata"]["labels"][component] for shown in set(placed.tasks) - {"importer"}}
+    seen = {shown: pod(placed, shown)[1]["podMetadata"]["labels"][component] for shown in placed.tasks}
     assert set(seen.values()) == {*InfraConfig.TASKS, "preflight"}
     assert (seen["preflight"], seen["encode-shard"], seen["encode"], seen["evaluate-real"]) == ("preflight", "encode", "gather", "evaluate")
     assert all(pod(placed, shown)[1]["podMetadata"]["labels"].items() >= named(name).items() for shown, name in seen.items())
@@ -373,7 +375,7 @@ def test_the_preflight_stands_where_fine_tuning_will(placed):
 
 
 def test_every_task_finds_secrets_addresses_checkpoints_and_its_run(placed):
-    for shown in set(placed.tasks) - {"importer"}:
+    for shown in placed.tasks:
         container, kubernetes = pod(placed, shown)
         assert [each["secretName"] for each in kubernetes["secretAsEnv"]] == ["diffstill-s3", "mlflow"]
         assert [each["configMapName"] for each in kubernetes["configMapAsEnv"]] == ["diffstill-services", "proxy"]

@@ -22,7 +22,7 @@ from diffstill.config import PublishConfig, load_params, preset, render_params
 from diffstill.registry import KINDS, Registry
 from diffstill.run import chain
 from pipelines.__main__ import main
-from pipelines.local import _at_hand, execute, processes
+from pipelines.local import _at_hand, _version, execute, processes
 from pipelines.settings import TrainJobConfig, load_settings
 
 pytestmark = pytest.mark.timeout(900)
@@ -215,8 +215,8 @@ def test_what_a_server_receives_makes_the_same_bytes(place, chain_artifacts, tmp
 
 
 @pytest.mark.slow
-def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
-    """The other branch: a DiTPipeline folder goes through kfp's importer."""
+def test_weights_are_taken_over_instead_of_trained(place, two_shards, tmp_path):
+    """A DiTPipeline folder, which the stage reads; another one at the same place is not the one in the cache."""
     values = preset("tiny").plain()
     values["pretrain"] |= {"source": "folder", "location": str(place.folder / "local" / "artifacts" / "generator")}
     other = Place(tmp_path)
@@ -228,6 +228,16 @@ def test_weights_are_imported_instead_of_trained(place, two_shards, tmp_path):
     trained = place.folder / "local" / "artifacts" / "generator" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert (imported.folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == trained.read_bytes()
     assert open_artifact(tmp_path / "local" / "artifacts" / "report", "report").facts
+
+
+def test_what_lies_at_a_place_is_told_apart_for_the_cache(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a").write_text("one")
+    before = _version(str(tmp_path / "weights"), None)
+    assert _version(str(tmp_path / "weights"), None) == before
+    (tmp_path / "weights" / "a").write_text("other")
+    assert _version(str(tmp_path / "weights"), None) != before
+    assert _version(None, None) == ""
 
 
 @pytest.mark.slow
