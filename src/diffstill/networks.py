@@ -39,6 +39,13 @@ LABEL_ROWS = "label_rows"
 """In a delta: which rows of the label table it holds."""
 ABOUT = "diffstill.json"
 """In a merged folder: what no configuration of diffusers says of its weights."""
+LARGEST_LATENT = 1e4
+"""Scaled latents have a deviation of about 1, and some hundreds where a network predicts no noise at all: beyond this they are
+of no image, though the norms in the decoder make one of them."""
+LARGEST_PIXEL = 100.0
+"""Decoded images lie in about -1..1."""
+NONSENSE = 100.0
+"""A denoising loss above this is of a network that has diverged: one that predicts no noise at all has a loss of 1."""
 DECODED_AT_ONCE = 32
 """Latents per pass through the decoder; its activations at 256 px take some 0.3 GB an image."""
 
@@ -108,11 +115,20 @@ class Generator:
         """The predicted noise alone, (N,C,h,w)."""
         return self.predict(x_t, t, labels)[:, : x_t.shape[1]]
 
+    def draw(self, classes: Sequence[int], noise: Sequence[torch.Generator], **how: Any) -> Tensor:
+        """Images (N, channels, side, side), about -1..1, of latents drawn as `draw_latents` says."""
+        return self.decode_all(self.draw_latents(classes, noise, **how))
+
     @torch.inference_mode()
-    def draw(self, classes: Sequence[int], noise: Sequence[torch.Generator], *, sampler: str, steps: int, guidance: float) -> Tensor:
-        """Images (N, channels, side, side), about -1..1, of `classes`; image n from the CPU generator n of `noise` alone."""
+    def decode_all(self, latents: Tensor) -> Tensor:
+        """The images of any number of scaled latents, some at a time."""
+        return torch.cat([self.decode(part) for part in latents.split(DECODED_AT_ONCE)])
+
+    @torch.inference_mode()
+    def draw_latents(self, classes: Sequence[int], noise: Sequence[torch.Generator], *, sampler: str, steps: int, guidance: float) -> Tensor:
+        """Scaled latents (N, C, h, w) of `classes`; that of image n from the CPU generator n of `noise` alone."""
         uses_variance = sampler == "ddpm" and self.learned_variance
-        latents = sample_latents(
+        return sample_latents(
             self.predict if uses_variance else self.predict_noise,
             build_scheduler(sampler, self.scheduler, learned_variance=uses_variance),
             self.labels_of(torch.tensor(classes)).to(next(self.transformer.parameters()).device),
@@ -122,7 +138,6 @@ class Generator:
             guidance=guidance,
             steps=steps,
         )
-        return torch.cat([self.decode(part) for part in latents.split(DECODED_AT_ONCE)])
 
     def to(self, device: str) -> Generator:
         """The same generator on `device`."""
@@ -149,6 +164,15 @@ def _round_frozen(transformer: nn.Module) -> None:
             for weight in module.parameters(recurse=False):
                 if not weight.requires_grad:
                     weight.data = weight.data.bfloat16()
+
+
+def refuse_unsound(values: Tensor, bound: float, what: str, fix: str) -> None:
+    """Raise `DiffstillError` naming the worst of `values`, unless all are finite and within +-`bound`."""
+    size = values.detach().abs().flatten().nan_to_num(nan=torch.inf)
+    worst = size.argmax()
+    if not size[worst] <= bound:
+        value = values.flatten()[worst].item()
+        raise DiffstillError(f"{what}: holds the value {value:g} where sound ones lie within {bound:g} of 0; {fix}")
 
 
 def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:

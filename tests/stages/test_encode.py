@@ -20,7 +20,8 @@ import torch
 from chains import Chain, contents, flip
 from diffstill.artifacts import Artifact, load_split, new_artifact, open_artifact, read_shards, to_unit, write_shards
 from diffstill.config import EncodeConfig
-from diffstill.networks import load_generator
+from diffstill.errors import DiffstillError
+from diffstill.networks import Generator, load_generator
 from diffstill.stages.encode import encode
 
 
@@ -127,6 +128,32 @@ def test_both_flips_stream_too(tiny_chain: Chain, tmp_path: Path) -> None:
     images, config = flippable(tiny_chain, tmp_path / "images"), EncodeConfig(batch_size=3, shard_size=4)
     encode(config, images=images.folder, generator=tiny_chain.artifacts / "generator", latents=tmp_path / "latents")
     assert shards(tmp_path / "latents") == shards(in_memory(config, images, tiny_chain.artifacts / "generator", tmp_path))
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e9])
+def test_latents_that_are_no_float16_are_refused(tiny_chain: Chain, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, done = Generator.encode, 0
+
+    def spoilt(self: Generator, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal done
+        mean, std = whole(self, images)
+        if done <= 21 < done + len(images):
+            mean[21 - done, 2] = value
+        done += len(images)
+        return mean, std
+
+    monkeypatch.setattr(Generator, "encode", spoilt)
+    inputs = {name: tiny_chain.artifacts / name for name in ("images", "generator")}
+    with pytest.raises(DiffstillError, match=r"image 21 of train: the mean of its latent is (nan|inf), .* set `encode.precision: float32`"):
+        encode(EncodeConfig(batch_size=8, shard_size=16), **inputs, latents=tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+
+
+def test_latents_that_are_all_alike_are_refused(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Generator, "encode", lambda self, images: (images.new_ones(len(images), 4, 4, 4),) * 2)
+    inputs = {name: tiny_chain.artifacts / name for name in ("images", "generator")}
+    with pytest.raises(DiffstillError, match="the deviation 0: the autoencoder tells no image from another"):
+        encode(tiny_chain.params.encode, **inputs, latents=tmp_path / "latents")
 
 
 def test_bf16_rounds_and_is_no_other_result(tiny_chain: Chain, tmp_path: Path) -> None:

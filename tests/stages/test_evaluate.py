@@ -275,6 +275,20 @@ def test_another_number_of_workers_goes_on_too(images, tmp_path):
     assert rest.done == 40
 
 
+def test_a_student_that_diverged_has_no_score(images, tmp_path, monkeypatch):
+    """Of NaN the first class is the greatest, so it would be one at chance level."""
+
+    def diverged(student, *given, **named):
+        history = train_student(student, *given, **named)
+        next(student.parameters()).data[0] = torch.nan
+        return history
+
+    monkeypatch.setattr("diffstill.stages.evaluate.train_student", diverged)
+    with pytest.raises(DiffstillError, match=r"convnet-1 on full, student seed 0: weight `\S+` is no finite number after 20 steps"):
+        evaluate(config(baselines=("full",), student_seeds=(0,)), images=images, scores=tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+
+
 # Refusals
 
 

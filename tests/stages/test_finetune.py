@@ -447,6 +447,26 @@ def test_a_large_generator_is_previewed_some_classes_at_a_time(tiny_chain: Chain
     assert np.abs(fewer.astype(int) - whole[: len(whole) * 2 // 3]).max() <= 1
 
 
+@pytest.mark.parametrize(("rate", "told"), [(1e2, "the loss is .* after the last step, where noise"), (1e30, "not finite")])
+def test_a_fine_tune_that_diverged_is_refused(tiny_chain: Chain, tmp_path: Path, rate: float, told: str) -> None:
+    with pytest.raises(DiffstillError, match=f"{told}.*lower `finetune.learning_rate`"):
+        finetune(settings_of(tiny_chain, learning_rate=rate), **inputs_of(tiny_chain), denoiser=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_written_though_the_loss_was_one(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, steps=1, preview_every=0)
+    whole = run.step
+
+    def step() -> None:
+        whole()
+        run.training.average[1][..., 0] = torch.nan
+
+    run.step = step  # type: ignore[method-assign]
+    with pytest.raises(DiffstillError, match=f"weight `{run.names[1]}` after the last step: holds the value nan"):
+        run.train(None, ignore)
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_divergence_is_told_with_previews_too(tiny_chain: Chain, tmp_path: Path) -> None:
     config = settings_of(tiny_chain, learning_rate=1e30, steps=6, preview_every=1)

@@ -166,6 +166,19 @@ def test_a_piece_without_a_readable_image_is_an_empty_shard(tmp_path):
     assert same_as_in_memory(tmp_path / "images", config)
 
 
+def test_images_of_one_colour_alone_are_refused(tmp_path):
+    """As a decoder that fails in silence gives them; one that differs in a pixel is enough."""
+    config = noisy(tmp_path / "data", {"a": 20, "b": 20})
+    for path in (tmp_path / "data/train").rglob("*.png"):
+        Image.new("L", (9, 9), 7).save(path)
+    with pytest.raises(DiffstillError, match="every pixel of every training image is 7"):
+        prepare(config, images=tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+    for path in (tmp_path / "data/train/b").iterdir():
+        Image.new("L", (9, 9), 8).save(path)
+    prepare(config, images=tmp_path / "images")
+
+
 # --- killed and resumed ------------------------------------------------------------------------------------------
 
 SLOW = """

@@ -18,6 +18,7 @@ from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError
 from diffstill.networks import LABEL_TABLE, load_generator, open_generator
 from diffstill.pretrained import read_checkpoint, weights_digest
+from diffstill.stages import pretrain as pretrain_stage
 from diffstill.stages.pretrain import pretrain
 from original_dit import random_checkpoint
 
@@ -207,6 +208,23 @@ def test_divergence_is_an_error(tiny_chain: Chain, tmp_path: Path) -> None:
     config = settings_of(tiny_chain, dit={"layers": 2, "heads": 2, "head_dim": 16, "steps": 12, "batch_size": 16, "learning_rate": 1e30})
     with pytest.raises(DiffstillError, match=r"diverged; lower `pretrain.dit.learning_rate`"):
         pretrain(config, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+
+
+@pytest.mark.parametrize("rate", [1e2, 1e6])
+def test_a_transformer_that_diverged_in_finite_steps_is_refused(tiny_chain: Chain, tmp_path: Path, rate: float) -> None:
+    """Its last loss may be a number; what it draws is none, or far from all latents."""
+    dit = json.loads(tiny_chain.params.pretrain.dit.model_dump_json()) | {"learning_rate": rate}
+    with pytest.raises(DiffstillError, match=r"diverged; lower `pretrain.dit.learning_rate`"):
+        pretrain(settings_of(tiny_chain, dit=dit), images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, 1e30, 0.0])
+def test_an_autoencoder_that_shows_nothing_is_refused(tiny_chain: Chain, tmp_path: Path, spoilt: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain_stage, "_train_vae", lambda config, vae, *_: vae.decoder.conv_out.weight.data.fill_(spoilt))
+    with pytest.raises(DiffstillError, match=r"lower `pretrain.vae.learning_rate`"):
+        pretrain(tiny_chain.params.pretrain, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_few_timesteps_and_odd_widths_work(tiny_chain: Chain, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from chains import Chain, contents
@@ -16,6 +17,7 @@ from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import open_artifact
 from diffstill.config import Params, SampleConfig
 from diffstill.errors import DiffstillError
+from diffstill.networks import Generator
 from diffstill.stages.finetune import finetune
 from diffstill.stages.sample import sample
 
@@ -43,6 +45,44 @@ def test_one_class_and_one_seed_give_the_same_images(tiny_chain: Chain, tmp_path
     one = draw(tiny_chain, tmp_path / "one", sampler=sampler, classes=["2"], seeds=[1])
     assert len(one) == 2
     assert one.items() <= every.items()
+
+
+@pytest.mark.parametrize("guidance", [1e6, 1e30])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_an_absurd_guidance_is_refused_not_drawn_in_black(tiny_chain: Chain, tmp_path: Path, guidance: float, sampler: str) -> None:
+    """NaN became 0 in every pixel; and norms in the decoder make images of latents that are thousands of deviations away."""
+    told = r"latent 0 of class '0', seed 0: holds the value [\w.+-]+ where sound ones lie within 10000 of 0; lower `sample.guidance` \(1e\+"
+    with pytest.raises(DiffstillError, match=told):
+        draw(tiny_chain, tmp_path / "out", guidance=guidance, sampler=sampler)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_no_number_is_refused(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Generator.decode
+
+    def decode(self: Generator, latents: torch.Tensor) -> torch.Tensor:
+        images = whole(self, latents)
+        images[1, 0, 3, 3] = torch.nan
+        return images
+
+    monkeypatch.setattr(Generator, "decode", decode)
+    with pytest.raises(DiffstillError, match="image 0 of class '1', seed 0: holds the value nan"):
+        draw(tiny_chain, tmp_path / "out")
+
+
+def test_a_set_of_one_colour_is_refused_and_one_such_image_is_not(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = lambda self, latents: latents.new_full((len(latents), 1, 8, 8), -1.5)  # noqa: E731
+    whole = Generator.decode
+
+    def but_one(self: Generator, latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([blank(self, latents[:1]), whole(self, latents[1:])])
+
+    monkeypatch.setattr(Generator, "decode", but_one)
+    draw(tiny_chain, tmp_path / "out")
+    monkeypatch.setattr(Generator, "decode", blank)
+    with pytest.raises(DiffstillError, match="every image of seed 0 is of one colour"):
+        draw(tiny_chain, tmp_path / "blank")
+    assert not (tmp_path / "blank").exists()
 
 
 def test_images_differ_between_seeds_numbers_and_denoisers(tiny_chain: Chain, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffstill.artifacts import Array, Artifact, Draft, Rows, WorkFolder, new_artifact, open_artifact, read_ahead, refuse_foreign
 from diffstill.config import EncodeConfig
+from diffstill.errors import DiffstillError
 from diffstill.networks import Generator, load_generator
 from diffstill.record import Progress, Record, ignore
 from diffstill.shards import Share
@@ -50,6 +51,11 @@ def encode(
                 opened = load_generator(generator, inputs["generator"].facts["frequency_shift"]).to(device)
                 encoded = _encode_share(config, mine, opened, inputs["images"], draft, work, record)
             metrics = {"latent_std": _spread(draft)} if mine.whole else {}
+            if metrics and not 0 < metrics["latent_std"] < np.inf:
+                raise DiffstillError(
+                    f"all latents together have the deviation {metrics['latent_std']:g}: the autoencoder tells no image from another; "
+                    "train it for longer (`pretrain.vae.steps`) or at a lower `pretrain.vae.learning_rate`"
+                )
         work.clear()
     return {"encoded": float(encoded), **metrics}
 
@@ -83,11 +89,24 @@ def _encode_pieces(
     with closing(read_ahead(_batches(splits, pieces, config.batch_size, opened))) as batches:
         for batch in batches:
             parts.append(_moments(opened, batch.images, flip=flip, precision=config.precision))
+            _refuse_overflow(batch.piece, sum(len(mean) for mean, _ in parts[:-1]), parts[-1])
             bar.update(len(batch.images))
             if batch.last:
                 mean, std = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
                 piece, parts = batch.piece, []
                 work.save(piece.name, {"mean": mean, "std": std, "labels": splits[piece.split].labels[piece.start : piece.stop]})
+
+
+def _refuse_overflow(piece: _Piece, before: int, moments: tuple[Array, Array]) -> None:
+    """Raise `DiffstillError` naming the first image, `before` and on in its piece, whose moments are no finite float16."""
+    for name, values in zip(("mean", "deviation"), moments, strict=True):
+        odd = values[~np.isfinite(values)]
+        if len(odd):
+            row = piece.start + before + int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).argmax())
+            raise DiffstillError(
+                f"image {row} of {piece.split}: the {name} of its latent is {odd[0]}, and a finite number below 65504 is expected; set "
+                "`encode.precision: float32`, or make the autoencoder anew with a lower `pretrain.vae.learning_rate`"
+            )
 
 
 def _spread(draft: Draft) -> float:

@@ -265,6 +265,12 @@ class _Judge:
             evaluate=lambda trained: {"test": accuracy(trained, *self.test, self.statistics)},
             step_done=step_done,
         )
+        for name, weight in student.named_parameters():
+            if not weight.isfinite().all():
+                raise DiffstillError(
+                    f"{run.student} on {run.source}, student seed {run.student_seed}: weight `{name}` is no finite number after "
+                    f"{history[-1].step} steps: training diverged under `evaluate.protocol` {self.protocol.name}; choose another, or leave the student out"
+                )
         best = max(history, key=lambda look: look.metrics["test"])
         return asdict(run) | {
             "protocol": self.protocol.name,

@@ -29,7 +29,7 @@ from diffstill.diffusion import add_noise, denoising_loss, drop_labels, predicte
 from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
 from diffstill.memory import ClassMemory, diversity, representativeness
-from diffstill.networks import Generator, choose_trainable, moved_labels, open_generator, take_delta
+from diffstill.networks import NONSENSE, Generator, choose_trainable, moved_labels, open_generator, refuse_unsound, take_delta
 from diffstill.pictures import contact_sheet
 from diffstill.ranks import Ranks, joined
 from diffstill.record import Record, ignore
@@ -293,6 +293,7 @@ class FineTuning:
                     self._refuse_divergence()
                     if work:
                         work.save(name, self._state())
+        self._refuse_nonsense()
         for step, values in self._rows():
             record.metrics({f"{name}/{metric}": value for metric, value in values.items()}, step)
 
@@ -322,6 +323,14 @@ class FineTuning:
         if not finite.all():
             step = int(finite.int().argmin()) + 1
             raise DiffstillError(f"the loss is not finite at step {step}: fine-tuning diverged; lower `finetune.learning_rate`")
+
+    def _refuse_nonsense(self) -> None:
+        """Weights that are no numbers though the last loss was one, or a loss far above that of a network that says 0."""
+        loss, fix = self.last()["loss"], "fine-tuning diverged; lower `finetune.learning_rate`"
+        if loss > NONSENSE:
+            raise DiffstillError(f"the loss is {loss:g} after the last step, where noise that is not predicted at all gives 1: {fix}")
+        for name, average in zip(self.names, self.training.average, strict=True):
+            refuse_unsound(average, torch.finfo(average.dtype).max, f"weight `{name}` after the last step", fix)
 
     def _state(self) -> dict[str, Array]:
         return pack(

@@ -8,9 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from diffstill.artifacts import WorkFolder, new_artifact, read_ahead, refuse_foreign
+from diffstill.artifacts import Rows, WorkFolder, new_artifact, read_ahead, refuse_foreign
 from diffstill.config import PrepareConfig
 from diffstill.datasets import Dataset, Rejected, load, read_pieces, refuse_emptied, refuse_many_bad
+from diffstill.errors import DiffstillError
 from diffstill.imagenet import title_of
 from diffstill.record import Record, ignore
 
@@ -32,6 +33,7 @@ def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, re
         with new_artifact(images, "images", config, {}) as draft:
             for piece in dataset.pieces(config.shard_size):
                 work.place(piece.name, draft.folder)
+            _refuse_blank(draft.folder)
             _write_json(draft.folder / "classes.json", [_described(name, label) for label, name in enumerate(dataset.classes)])
             listed = [Rejected(dataset.names[row], rejected[row]) for row in sorted(rejected)]
             _write_json(draft.folder / "rejected.json", [dataclasses.asdict(one) for one in listed])
@@ -62,6 +64,16 @@ def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record:
             rejected |= read.rejected
             refuse_many_bad(dataset, rejected, config.max_bad_fraction)
     return rejected
+
+
+def _refuse_blank(folder: Path) -> None:
+    """Raise `DiffstillError` where all training images are of one colour; usually the first rows tell that they are not."""
+    pixels = Rows(folder, "train", "pixels")
+    colour = pixels[:1].flat[0]
+    if all((pixels[start : start + 256] == colour).all() for start in range(0, len(pixels), 256)):
+        raise DiffstillError(
+            f"every pixel of every training image is {colour}: there is nothing to learn; look at the files in `prepare.location`, and at their format"
+        )
 
 
 def _described(name: str, label: int) -> dict[str, Any]:

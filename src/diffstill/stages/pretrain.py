@@ -32,7 +32,9 @@ from diffstill.draws import Purpose, seed_of, seeded
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
     ABOUT,
-    DECODED_AT_ONCE,
+    LARGEST_LATENT,
+    LARGEST_PIXEL,
+    NONSENSE,
     ORIGINAL_FREQUENCY_SHIFT,
     STOCK_FREQUENCY_SHIFT,
     Generator,
@@ -42,6 +44,7 @@ from diffstill.networks import (
     build_vae,
     load_generator,
     load_vae,
+    refuse_unsound,
     save_generator,
     set_frequency_shift,
 )
@@ -52,6 +55,8 @@ from diffstill.training import Training, batch_indices, pack, set_threads
 
 log = logging.getLogger("diffstill")
 LOG_EVERY = 50  # steps
+FARTHEST = 4.0
+"""No two images in -1..1 differ by a greater mean square."""
 JUDGED = 1024
 """Images of val that judge the autoencoder: enough for a mean, and bounded."""
 Loss = Callable[[int], Tensor]
@@ -234,14 +239,18 @@ def _run(name: str, training: Training, config: VaeConfig | DitConfig, loss_at: 
             training.advance(loss, config.learning_rate * (1 + math.cos(math.pi * training.done / config.steps)) / 2)
             bar.update(config.batch_size)
             if training.done % LOG_EVERY == 0 or training.done == config.steps:
-                record.metrics({f"{name}_loss": _finite(loss.item(), name, training.done)}, training.done)
+                last = training.done == config.steps
+                record.metrics({f"{name}_loss": _sound(loss.item(), name, training.done, last=last)}, training.done)
             if training.done % every == 0 or training.done == config.steps:
                 work.save(name, pack(training.state()))
     training.adopt_average()
+    for weight in training.weights:
+        fix = f"training diverged; lower `pretrain.{name}.learning_rate`"
+        refuse_unsound(weight, torch.finfo(weight.dtype).max, f"a weight of the {name}", fix)
 
 
-def _finite(loss: float, name: str, step: int) -> float:
-    if not math.isfinite(loss):
+def _sound(loss: float, name: str, step: int, *, last: bool) -> float:
+    if not math.isfinite(loss) or (last and loss > NONSENSE):
         raise DiffstillError(f"the loss of the {name} is {loss} at step {step}: training diverged; lower `pretrain.{name}.learning_rate`")
     return loss
 
@@ -315,9 +324,16 @@ def _judge(made: Generator, real: Artifact, folder: Path, record: Record) -> dic
     device = next(made.vae.parameters()).device
     images = torch.from_numpy(to_unit(Rows(real.folder, "val", "pixels")[:JUDGED])).to(device)
     rebuilt = torch.cat([made.vae.decode(made.encode(part)[0]).sample for part in images.split(_at_once(images))])
+    error = float((rebuilt - images).square().mean())
+    if not error <= FARTHEST or rebuilt.min() == rebuilt.max():
+        raise DiffstillError(
+            f"the autoencoder gives back images of the val split with an error of {error:g} and values from {rebuilt.min():g} to "
+            f"{rebuilt.max():g}, where theirs lie in -1..1: it is of no use; train it at a lower `pretrain.vae.learning_rate`, "
+            "or choose another `pretrain.autoencoder`"
+        )
     _show(torch.stack([images[:16], rebuilt[:16]]), folder / "reconstructions.png", record)
     _show(_samples(made, len(real.facts["classes"]), device), folder / "samples.png", record)
-    return {"reconstruction_mse": float((rebuilt - images).square().mean())}
+    return {"reconstruction_mse": error}
 
 
 def _at_once(images: Tensor) -> int:
@@ -334,7 +350,10 @@ def _samples(made: Generator, classes: int, device: torch.device, rows: int = 4,
     latents = sample_latents(
         made.predict_noise, scheduler, labels, draws, shape=made.latent_shape, null_label=made.null_label, guidance=2.0, steps=steps
     )
-    decoded = torch.cat([made.decode(part) for part in latents.split(DECODED_AT_ONCE)])
+    fix = "the transformer has diverged; lower `pretrain.dit.learning_rate`, or get other weights"
+    refuse_unsound(latents, LARGEST_LATENT, "a latent that it draws", fix)
+    decoded = made.decode_all(latents)
+    refuse_unsound(decoded, LARGEST_PIXEL, "an image that it draws", fix)
     grid: Tensor = decoded.unflatten(0, (rows, -1))
     return grid
 

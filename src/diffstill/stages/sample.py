@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -19,7 +19,7 @@ from diffstill.artifacts import Array, Artifact, new_artifact, open_artifact, re
 from diffstill.config import SampleConfig
 from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
-from diffstill.networks import Generator, apply_delta, open_generator
+from diffstill.networks import LARGEST_LATENT, LARGEST_PIXEL, Generator, apply_delta, open_generator, refuse_unsound
 from diffstill.pictures import contact_sheet, read_png, save_png, to_image
 from diffstill.record import Record, ignore
 from diffstill.shards import Share
@@ -136,14 +136,21 @@ def _draw_share(config: SampleConfig, mine: Share, sources: list[_Source], class
     """Write this process's PNGs, drawn in chunks of one fixed size; the number of images."""
     pieces = mine.of_pieces([(source, chunk) for source in sources for chunk in _chunks(config, list(classes), source.seeds)])
     count = sum(len(chunk) for _, chunk in pieces)
+    blank = dict.fromkeys((slot.seed for _, chunk in pieces for slot in chunk), True)
     with record.progress("sample", count, "img") as bar:
         for source, own in itertools.groupby(pieces, key=itemgetter(0)):
             opened = source.load()
             for _, chunk in own:
                 filled = chunk + [chunk[0]] * (config.chunk_size - len(chunk))
-                for slot, pixels in zip(chunk, _draw(config, opened, filled)[: len(chunk)], strict=True):
+                for slot, pixels in zip(chunk, _draw(config, opened, filled, classes)[: len(chunk)], strict=True):
                     save_png(to_image(pixels), folder / f"seed-{slot.seed}" / classes[slot.label] / f"{slot.number:05d}.png")
+                    blank[slot.seed] &= bool(pixels.min() == pixels.max())
                 bar.update(len(chunk))
+    if empty := [seed for seed, is_blank in blank.items() if is_blank]:
+        raise DiffstillError(
+            f"every image of seed {empty[0]} is of one colour alone, so the generator draws nothing; "
+            "train it for longer, or lower its learning rates and `sample.guidance`"
+        )
     return count
 
 
@@ -152,11 +159,20 @@ def _chunks(config: SampleConfig, labels: list[int], seeds: tuple[int, ...]) -> 
     return [slots[start : start + config.chunk_size] for start in range(0, len(slots), config.chunk_size)]
 
 
-def _draw(config: SampleConfig, opened: Generator, slots: list[_Slot]) -> Array:
-    """The images of `slots`: uint8 (N, channels, side, side)."""
-    classes, noise = [slot.label for slot in slots], [slot.generator() for slot in slots]
-    drawn = opened.draw(classes, noise, sampler=config.sampler, steps=config.steps, guidance=config.guidance)
-    return to_pixels(drawn.float().cpu().numpy())
+def _draw(config: SampleConfig, opened: Generator, slots: list[_Slot], classes: Mapping[int, str]) -> Array:
+    """The images of `slots`: uint8 (N, channels, side, side). Raises `DiffstillError` where one is no image."""
+    labels, noise = [slot.label for slot in slots], [slot.generator() for slot in slots]
+    latents = opened.draw_latents(labels, noise, sampler=config.sampler, steps=config.steps, guidance=config.guidance)
+    images = opened.decode_all(latents).float().cpu()
+    fix = (
+        f"lower `sample.guidance` ({config.guidance:g}); if that is a few, the weights have diverged: "
+        "lower `finetune.learning_rate` or `pretrain.dit.learning_rate` and make them anew"
+    )
+    for slot, latent, image in zip(slots, latents.cpu(), images, strict=True):
+        of = f"{slot.number} of class {classes[slot.label]!r}, seed {slot.seed}"
+        refuse_unsound(latent, LARGEST_LATENT, f"latent {of}", fix)
+        refuse_unsound(image, LARGEST_PIXEL, f"image {of}", fix)
+    return to_pixels(images.numpy())
 
 
 def _finish_set(folder: Path, seed: int, names: list[str], images_per_class: int) -> None:
