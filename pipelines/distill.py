@@ -4,6 +4,7 @@ Loops are one level deep and short, no loop stands in an exit handler, and nothi
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -161,17 +162,27 @@ def arguments(
         raise DiffstillError(
             "`publish.name` is null, but images of a folder have no name of their own; set it, like distilled-flowers, or do not ask for a version"
         )
+    if odd := next((name for name in students if literal(json.dumps(name)) != json.dumps(name)), None):
+        raise DiffstillError(f"`evaluate.students` names {odd!r}, of which Kubeflow would read a part as its own placeholder; correct the name")
     return {
-        **{name: params.section(name).canonical() for name in Params.STAGES},
+        **{name: literal(params.section(name).canonical()) for name in Params.STAGES},
         **({} if publish else {"publish": ""}),
         "students": students,
         "encode_shards": [f"{index}/{shards.encode}" for index in range(shards.encode)],
         "sample_shards": [f"{index}/{shards.sample}" for index in range(shards.sample)],
-        "params": params.canonical(),
-        "needs": json.dumps(_needs(settings, params.publish if publish else None), sort_keys=True),
+        "params": literal(params.canonical()),
+        "needs": literal(json.dumps(_needs(settings, params.publish if publish else None), sort_keys=True)),
         "data_version": data_version,
         "weights_version": weights_version,
     }
+
+
+def literal(text: str) -> str:
+    """The same JSON, written so that nobody on its way to a task takes a part of it for his own.
+
+    Kubeflow reads `{{$...}}` and `[[RunUUID]]`, Argo `{{...}}`, Kubernetes `$(NAME)`. None of these can stand in JSON but within a text.
+    """
+    return re.sub(r"\[\[(?=[A-Z])", r"\\u005b[", text.replace("$", r"\u0024").replace("{{", r"{\u007b"))
 
 
 def _needs(settings: Settings | None, publish: PublishConfig | None) -> dict[str, object]:

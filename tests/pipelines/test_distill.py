@@ -15,7 +15,7 @@ from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, chain
 from diffstill.trainjob import Order
 from pipelines.client import SCAFFOLD
-from pipelines.distill import arguments
+from pipelines.distill import arguments, literal
 from pipelines.package import write_package
 from pipelines.settings import MAX_ITERATIONS, InfraConfig, Settings, ShardsConfig, load_settings
 
@@ -239,6 +239,33 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert (needs["gpus"], needs["shared_memory_gib"], needs["mlflow"]) == (1, 8.0, True)
     assert needs["environment"] == ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"]
     assert (needs["disk_gib"], needs["store"]) == (10.0, None)
+
+
+ODD = r"""{{$}} {{{$.inputs.parameters['config']}}} {{workflow.name}} [[RunUUID]] [["[[CurrentTime.2006]]"]] $(AWS_SECRET_ACCESS_KEY) $$ \u0024 \{{"""
+PLACEHOLDER = re.compile(r"\{\{|\$|\[\[[A-Z]")
+
+
+def test_nothing_in_parameters_is_taken_for_a_placeholder():
+    """Whatever a text holds, it reaches the stage as it was written."""
+    values = preset("tiny").plain()
+    values["publish"]["note"] = ODD
+    params = Params.model_validate_json(json.dumps(values))
+    given = arguments(params, load_settings(ROOT / "pipelines" / "settings.yaml"), ShardsConfig(), publish=True)
+    assert not any(PLACEHOLDER.search(value) for value in given.values() if isinstance(value, str))
+    assert Params.model_validate_json(given["params"]) == params
+    assert type(params.publish).model_validate_json(given["publish"]).note == ODD
+
+
+@pytest.mark.parametrize("text", ['[["a"], ["b"]]', '{"a": {"b": {}}}', "[[[1]]]", '"[[a]]"'])
+def test_what_is_no_placeholder_stays_readable(text):
+    assert literal(text) == text
+
+
+def test_a_student_that_would_be_a_placeholder_is_refused():
+    params = preset("tiny")
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"students": ("{{$}}",)})})
+    with pytest.raises(DiffstillError, match=r"`evaluate.students` names '\{\{\$\}\}'"):
+        arguments(params, None, ShardsConfig())
 
 
 def test_the_preflight_looks_at_the_services_that_the_run_will_use():

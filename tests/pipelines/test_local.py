@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from filelock import FileLock
+from kfp import dsl
 from kfp.components import load_component_from_text
 from kfp_server import KfpServer
 
@@ -22,6 +23,7 @@ from diffstill.config import PublishConfig, load_params, preset, render_params
 from diffstill.registry import KINDS, Registry
 from diffstill.run import chain
 from pipelines.__main__ import main
+from pipelines.distill import literal
 from pipelines.local import _at_hand, _version, execute, processes
 from pipelines.settings import TrainJobConfig, load_settings
 
@@ -134,7 +136,7 @@ def registry(tracked, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_publishing_twice_makes_one_version_of_what_was_laid_out(place, two_shards, tracked, registry):
-    note = r"""It's a "trial" of \ ' and ''."""
+    note = r"""It's a "trial" of \ ' and '', {{$}} and $(HOME)."""
     for _ in range(2):
         done = publish(tracked, gate="off", note=note)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -228,6 +230,22 @@ def test_weights_are_taken_over_instead_of_trained(place, two_shards, tmp_path):
     trained = place.folder / "local" / "artifacts" / "generator" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert (imported.folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == trained.read_bytes()
     assert open_artifact(tmp_path / "local" / "artifacts" / "report", "report").facts
+
+
+def test_a_placeholder_in_a_parameter_reaches_the_task_as_it_is(tmp_path):
+    """Kfp would put its own JSON, or nothing, in the place of it."""
+
+    @dsl.component(base_image="python:3.11", install_kfp_package=False)
+    def tell(config: str) -> str:
+        return config
+
+    @dsl.pipeline(name="telling")
+    def telling(config: str) -> str:
+        return tell(config=config).outputs["Output"]
+
+    said = "{{$}} {{$.pipeline_job_name}} {{$.inputs.parameters['config']}} $(HOME) [[RunUUID]]"
+    made = execute(telling, {"config": literal(json.dumps({"note": said}))}, tmp_path, processes(), cache=False)
+    assert json.loads(made["Output"]) == {"note": said}
 
 
 def test_what_lies_at_a_place_is_told_apart_for_the_cache(tmp_path):
