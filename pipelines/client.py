@@ -189,6 +189,7 @@ class Cluster:
 
     def _order(self, package: Path, arguments: Arguments, service_account: str | None) -> dict[str, Any]:
         """What runs and schedules have in common: which version of the pipeline, with what, where."""
+        self._server.refuse_old()
         with self._server.answering():
             pipeline_id = self._pipeline()
             version_id = self._version(pipeline_id, package)

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -23,6 +24,7 @@ from urllib3.util import parse_url
 from diffstill.errors import DiffstillError, without_secrets
 from pipelines.settings import ClusterConfig
 
+log = logging.getLogger("diffstill")
 RETRIES = Retry(3, redirect=0, status_forcelist=(502, 503, 504), backoff_factor=0.3, raise_on_status=False, raise_on_redirect=False)
 """For a server that is not there for a moment. A POST that reached it is never repeated, so that no run is started twice.
 
@@ -30,6 +32,9 @@ A redirect leads to a login page, and 500 is what Kubeflow says of mistakes that
 """
 TIMEOUT = (10, 60)
 """Seconds to connect and to wait for data; the generated client waits for ever."""
+
+OLDEST = (2, 17)
+"""Of the server: what the tests hold the pipeline to is read in its code."""
 
 CREDENTIALS = "put a valid bearer token into an environment variable and its name into `cluster.token_env`, and check your rights in the namespace"
 LOGIN = f"answers with a page where data is expected, perhaps a login; {CREDENTIALS}, or correct the host"
@@ -43,6 +48,19 @@ class Connection:
     host: str
     client: kfp.Client
     _token: str | None = field(repr=False)
+    version: str | None = None
+    """As the server calls itself; None where it does not say."""
+
+    def refuse_old(self) -> None:
+        """Raise `DiffstillError` if the server may read the pipeline otherwise than it is meant."""
+        found = re.match(r"v?(\d+)\.(\d+)", self.version or "")
+        if not found:
+            log.warning("%s: does not say its version (%s); Kubeflow Pipelines 2.17 or later is needed", self.host, self.version or "nothing")
+        elif (int(found[1]), int(found[2])) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise DiffstillError(
+                f"{self.host}: is Kubeflow Pipelines {self.version}, the pipeline needs {needed} or later; upgrade it, or submit to another"
+            )
 
     def clean(self, text: str) -> str:
         """`text` from the server without the token, should it quote it, and without credentials in URLs."""
@@ -75,7 +93,7 @@ def connect(config: ClusterConfig) -> Connection:
         client = _Client(host=host, existing_token=token, ssl_ca_cert=certificate)
     if client.multi_user and not config.namespace:
         raise DiffstillError(f"{host}: is a multi-user installation; set `cluster.namespace` or --namespace to the namespace of your profile")
-    return Connection(host, client, token)
+    return Connection(host, client, token, client.version)
 
 
 def find_host(config: ClusterConfig) -> str | None:
@@ -126,6 +144,7 @@ class _Client(kfp.Client):  # type: ignore[misc]
     """`kfp.Client` that reads and writes no context file in the home folder, and asks once whether the host is well."""
 
     multi_user = False
+    version: str | None = None
 
     def _load_context_setting_or_default(self) -> None:
         self._context_setting = {"namespace": ""}
@@ -141,6 +160,8 @@ class _Client(kfp.Client):  # type: ignore[misc]
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # after the configuration, which sets a level of its own
         answer = self._healthz_api.healthz_service_get_healthz()
         self.multi_user = bool(answer.multi_user)
+        told = json.loads(transport.last_response.data)  # the model of the answer drops the version
+        self.version = told.get("tag_name") or told.get("apiServerTagName")  # of the server itself, or of the UI before it
         return answer
 
 

@@ -72,6 +72,8 @@ class KfpServer:
     token: str | None = None
     certificate: tuple[str, str] | None = None
     multi_user: bool = False
+    healthz_more: Mapping[str, object] = field(default_factory=lambda: {"tag_name": "2.17.0", "commit_sha": "4711"})
+    """What it says of itself beside what its API has a model for."""
     fault: Fault | None = None
     script: Sequence[Mapping[str, str]] = ({"train": "SUCCEEDED"},)
     final: str = "SUCCEEDED"
@@ -129,7 +131,7 @@ class KfpServer:
     # --- what is asked ---
 
     def healthz(self, _request):
-        return api.V2beta1GetHealthzResponse(multi_user=self.multi_user)
+        return {**API.sanitize_for_serialization(api.V2beta1GetHealthzResponse(multi_user=self.multi_user)), **self.healthz_more}
 
     def list_experiments(self, request):
         self._check_namespace(request)

@@ -211,6 +211,25 @@ def test_watching_outlives_an_outage_but_not_for_ever(server, cluster, started, 
         list(watching)
 
 
+@pytest.mark.parametrize("told", [{"tag_name": "2.16.1"}, {"apiServerTagName": "v2.5.0"}, {"tag_name": "1.8.22"}])
+def test_a_server_that_would_read_the_pipeline_otherwise_is_refused(server, config, package, told):
+    server.healthz_more = told
+    cluster = Cluster.connect(config)
+    with pytest.raises(DiffstillError, match=rf"is Kubeflow Pipelines {next(iter(told.values()))}, the pipeline needs 2.17 or later"):
+        cluster.submit(package, {}, "trial")
+    with pytest.raises(DiffstillError, match=r"needs 2\.17 or later"):
+        cluster.schedule(package, {}, "trial", 3600)
+    assert [request.method for request in server.requests] == ["GET"], "nothing was sent"
+    assert cluster.schedules() == [], "but what runs there can be looked at"
+
+
+@pytest.mark.parametrize("told", [{"tag_name": "2.17.0"}, {"apiServerTagName": "2.18.0-rc.1"}, {"tag_name": "unknown"}, {}])
+def test_a_server_that_is_new_or_does_not_say_is_taken(server, config, package, told, caplog):
+    server.healthz_more = told
+    Cluster.connect(config).submit(package, {}, "trial")
+    assert ("does not say its version" in caplog.text) == (told.get("tag_name", "") == "unknown" or not told)
+
+
 def test_a_run_is_never_started_twice(server, cluster, package):
     server.fault = Fault(503, method="POST", path="/runs")
     with pytest.raises(DiffstillError, match="fails \\(503"):
