@@ -14,8 +14,8 @@ from PIL import Image
 
 from diffstill.artifacts import Artifact, Kind, new_artifact, read_manifest, write_shards
 from diffstill.config import EncodeConfig, EvaluateConfig, FinetuneConfig, PrepareConfig, PretrainConfig, ReportConfig, SampleConfig
-from diffstill.scores import read_runs
-from diffstill.stages.report import report
+from diffstill.scores import read_runs, table
+from diffstill.stages.report import _accuracy_csv, report
 
 STUDENT = "convnet-2"
 CLASSES = ("cat & <dog>", '"q$u$ote"')
@@ -93,6 +93,7 @@ class Experiment:
         inputs = self.opened("images", "denoiser", "distilled", "untuned") | {f"scores-{number:03d}": one for number, one in enumerate(opened)}
         with new_artifact(self.root / name, "report", config or ReportConfig(), inputs) as draft:
             (draft.folder / "scores.jsonl").write_text("".join(run.model_dump_json() + "\n" for run in runs))
+            (draft.folder / "accuracy.csv").write_text(_accuracy_csv(table(runs), runs[0].protocol))
             (draft.folder / "report.html").write_text("<!doctype html><title>A report</title>")
             students = sorted({run.student for run in runs})
             draft.facts |= {"protocol": runs[0].protocol, "students": students, "runs": len(runs), "images_digest": self.images.digest}
@@ -103,7 +104,7 @@ def write_images(
     folder: Path, classes: Sequence[str] = CLASSES, side: int = 8, channels: int = 1, config: PrepareConfig | None = None, leakage: str = ""
 ) -> None:
     config, draws = config or PrepareConfig(), np.random.default_rng(0)
-    counts = {"train": 6, "val": 2, "test": 3}
+    counts = {"train": 6, "val": 2, "test": 300}
     with new_artifact(folder, "images", config, {}) as draft:
         for split, count in counts.items():
             labels = np.repeat(np.arange(len(classes)), count)

@@ -9,7 +9,25 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffstill.html import Curve, GridRow, Page, Setting, Verdict, data_uri, figures, percent, plain, plural, png, render, signed, strip, svg
+from diffstill.html import (
+    _LIGHT,
+    Curve,
+    GridRow,
+    Page,
+    Setting,
+    Verdict,
+    _draw_accuracy,
+    data_uri,
+    figures,
+    percent,
+    plain,
+    plural,
+    png,
+    render,
+    signed,
+    strip,
+    svg,
+)
 from diffstill.metrics import Summary
 from diffstill.scores import Cell, Gain
 
@@ -29,9 +47,11 @@ def make_page(**changes):
         "title": "Distilled digits",
         "lead": "One sentence.",
         "facts": [("Size", "8 × 8")],
+        "cautions": [],
         "headline": Verdict("gain", "Better."),
         "verdicts": [Verdict("gain", "better.", "convnet-2:")],
         "cells": [make_cell("random", 1, 0.5), make_cell("distilled", 1, 0.6, over_random=Gain(10.0, 4.0, 16.0), leads=True)],
+        "chance": 0.1,
         "caption": "A caption.",
         "footnotes": ["A footnote."],
         "grid": [GridRow("zero", {"Real": pictures, "Distilled": pictures})],
@@ -112,6 +132,7 @@ def test_texts_from_outside_are_escaped_everywhere():
         title=HOSTILE,
         lead=HOSTILE,
         facts=[(HOSTILE, HOSTILE)],
+        cautions=[HOSTILE],
         headline=Verdict("gain", HOSTILE),
         verdicts=[Verdict("gain", HOSTILE, HOSTILE)],
         cells=[make_cell("random", 1, 0.5, student=HOSTILE)],
@@ -160,6 +181,20 @@ def test_pixelated_for_small_pictures_only():
     assert make_page().pixelated
     assert not make_page(grid=[GridRow("zero", {"Real": large})]).pixelated
     assert 'class="pictures smooth"' in render(make_page(grid=[GridRow("zero", {"Real": large})]))
+
+
+def test_the_plot_has_the_line_of_chance():
+    axes = Figure().subplots()
+    _draw_accuracy(axes, make_page(chance=0.25), "convnet-2", _LIGHT)
+    (line,) = (line for line in axes.lines if line.get_label() == "chance")
+    assert list(line.get_ydata()) == [25, 25]
+    assert axes.get_ylim()[0] < 25
+    assert ">chance</text>" in render(make_page())
+
+
+def test_cautions_stand_before_the_verdict():
+    text = render(make_page(cautions=["Students guess."]))
+    assert text.index("<p>Students guess.</p>") < text.index("<p>Better.</p>")
 
 
 def test_students_have_their_own_columns():

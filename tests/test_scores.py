@@ -14,7 +14,7 @@ from diffstill.artifacts import Artifact, new_artifact, open_artifact
 from diffstill.config import EvaluateConfig
 from diffstill.errors import DiffstillError
 from diffstill.metrics import label_robust_score
-from diffstill.scores import SCORES, Gain, Run, flat, gain, metrics, read_lines, read_runs, table, validations
+from diffstill.scores import SCORES, Chance, Gain, Run, cautions, flat, gain, metrics, read_lines, read_runs, table, validations
 from experiments import DISTILLED, RANDOM, STUDENT, UNTUNED, all_lines, line
 
 OTHER = "resnet-10"
@@ -123,16 +123,16 @@ def test_the_paired_interval_is_that_of_the_differences(pairs):
     assert found.points == pytest.approx(differences.mean())
 
 
-def simulated(alike: float, paired: bool, seeds: tuple[int, int]) -> tuple[float, float]:
-    """Share of 600 experiments whose interval holds the true gain of 3 points, and the mean half width; sd 2.5 points, correlation `alike`."""
+def simulated(alike: float, paired: bool, seeds: tuple[int, int], experiments: int = 300) -> tuple[float, float]:
+    """Share of `experiments` whose interval holds the true gain of 3 points, and the mean half width; sd 2.5 points, correlation `alike`."""
     draws, held, widths = np.random.default_rng(0), 0, []
-    for _ in range(600):
+    for _ in range(experiments):
         common = draws.normal(0, math.sqrt(alike), max(seeds))
         ours, theirs = (mean + 0.025 * (common[:n] + draws.normal(0, math.sqrt(1 - alike), n)) for mean, n in zip((0.53, 0.5), seeds, strict=True))
         found = gain(list(ours), list(theirs), paired=paired)
         held += found.low < 3 < found.high
         widths.append((found.high - found.low) / 2)
-    return held / 600, float(np.mean(widths))
+    return held / experiments, float(np.mean(widths))
 
 
 def test_both_intervals_hold_the_true_gain_in_95_of_100_experiments_and_the_paired_one_is_narrow():
@@ -140,8 +140,8 @@ def test_both_intervals_hold_the_true_gain_in_95_of_100_experiments_and_the_pair
     paired, narrow = simulated(0.97, True, (3, 3))
     unrelated, _ = simulated(0.0, True, (3, 3))
     apart, _ = simulated(0.0, False, (3, 10))
-    wasteful, wide = simulated(0.97, False, (3, 3))
-    assert [paired, unrelated, apart] == pytest.approx([0.95] * 3, abs=0.02)
+    wasteful, wide = simulated(0.97, False, (3, 3), 60)
+    assert [paired, unrelated, apart] == pytest.approx([0.95] * 3, abs=0.025)
     assert wasteful > 0.99
     assert narrow < wide / 3
 
@@ -340,3 +340,80 @@ def test_other_sizes_sources_and_students_are_no_baseline():
     both = [one | {"student": student} for student in (STUDENT, OTHER) for one in ours]
     real = [a_line("random", 1, seed, 0, 0.1 + seed / 100) for seed in (0, 1)]
     assert validations(runs_of([*both, *real])) == [], "one student of two was not judged on real images"
+
+
+# --- before any verdict -------------------------------------------------------------------------------------------
+
+TENTH = Chance(0.1, 400)
+"""Ten classes alike; the standard error of a guess is 1.5 points."""
+
+
+def cell_of(source, means, size=1, **changes) -> list[dict]:
+    """One run per seed, accuracy on val none."""
+    if source == "full":
+        return [a_line("full", None, None, seed, value, accuracy_val=None, **changes) for seed, value in enumerate(means)]
+    return [a_line(source, size, seed, 0, value, accuracy_val=None, **changes) for seed, value in enumerate(means)]
+
+
+def test_chance_is_what_the_best_constant_answer_scores():
+    assert Chance.of({"counts": {"train": {"a": 9}, "test": {"a": 30, "b": 10}}}) == Chance(0.75, 40)
+    assert Chance.of({"counts": {"test": dict.fromkeys("abcd", 25)}}) == Chance(0.25, 100)
+
+
+@pytest.mark.parametrize(
+    ("means", "explained"),
+    [
+        ([0.129], True),
+        ([0.131], False),
+        ([0.05], True),
+        ([0.10, 0.20, 0.15], True),  # 5 points above, with an error of 2.9 over seeds and 1.5 of the images
+        ([0.14, 0.16, 0.15], False),
+    ],
+)
+def test_noise_of_chance_is_that_of_the_images_and_of_the_seeds(means, explained):
+    assert TENTH.explains(runs_of(cell_of("random", means))) == explained
+    assert TENTH.explains(runs_of(cell_of("full", means))) == explained
+
+
+def test_guesses_are_taken_for_guesses_in_97_of_100_experiments():
+    draws = np.random.default_rng(0).binomial(400, 0.1, 1000) / 400
+    assert np.mean([TENTH.explains(runs_of(cell_of("random", [share]))) for share in draws]) == pytest.approx(0.977, abs=0.015)
+
+
+def test_a_whole_experiment_needs_no_caution():
+    assert cautions(runs_of([one for one in all_lines("d1") if one["source"] != "untuned"]), TENTH) == []
+
+
+def test_students_that_learn_nothing_from_all_images_are_told_first():
+    lines = cell_of("random", [0.10, 0.5, 0.9]) + cell_of("distilled", [0.1, 0.11, 0.12]) + cell_of("full", [0.11])
+    first, second = cautions(runs_of(lines), TENTH)
+    assert first.startswith("convnet-2 lies within noise of chance (10.0 %) even on full data (11.0 %), so its figures mean nothing: train it longer")
+    assert "`evaluate.protocol`" in first
+    assert second.startswith("1 of 1 intervals is wider than 20 points")
+
+
+def test_sizes_at_which_every_source_is_a_guess_are_told():
+    blind = cell_of("random", [0.1, 0.11, 0.12], 1) + cell_of("distilled", [0.12, 0.11, 0.1], 1)
+    seen = cell_of("random", [0.1, 0.11, 0.12], 5) + cell_of("distilled", [0.3, 0.31, 0.32], 5) + cell_of("full", [0.9])
+    other = [one | {"student": OTHER, "accuracy_test": 0.5 + one["accuracy_test"]} for one in blind]
+    (told,) = cautions(runs_of(blind + seen + other), TENTH)
+    assert told.startswith("convnet-2, images per class 1: all sources lie within noise of chance (10.0 %)")
+    assert "`evaluate.images_per_class`" in told
+
+
+def test_an_interval_of_twenty_points_is_as_wide_as_may_be():
+    base = [0.50, 0.51, 0.52]
+    narrow = gain([0.6, 0.7, 0.8], base)
+    scale = 20 / (narrow.high - narrow.low)
+    for more, wide in ((0.999, False), (1.001, True)):
+        base_now, ours = ([0.5 + scale * more * (value - 0.5) for value in values] for values in (base, [0.6, 0.7, 0.8]))
+        assert bool(cautions(runs_of(cell_of("random", base_now) + cell_of("distilled", ours)), TENTH)) == wide
+
+
+def test_the_widest_interval_is_named_val_included():
+    lines = [
+        one | {"accuracy_val": one["accuracy_test"] + (one["source"] == "distilled") * one["generation_seed"] / 6} for one in all_lines("d1")[:-2]
+    ]
+    (told,) = cautions(runs_of(lines), TENTH)
+    assert told.startswith("3 of 8 intervals are wider than 20 points and say next to nothing (widest: val, 1 per class, ")
+    assert "fresh, larger set of generation seeds (`sample.seeds`)" in told

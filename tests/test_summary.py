@@ -7,7 +7,8 @@ import pytest
 
 from chains import contents
 from diffstill.errors import DiffstillError
-from diffstill.summary import print_summary
+from diffstill.summary import markdown, print_summary
+from experiments import make_experiment
 
 
 def test_the_table_shows_the_numbers_of_the_report(tiny_chain, capsys):
@@ -43,6 +44,18 @@ def test_brackets_in_a_path_are_printed(tiny_chain, tmp_path, capsys):
     shutil.copytree(tiny_chain.artifacts, tmp_path / "run [red]")
     print_summary(tmp_path / "run [red]")
     assert "run [red]/report/report.html" in capsys.readouterr().out
+
+
+def test_students_that_guess_are_told_before_the_table(tmp_path, capsys):
+    made = make_experiment(tmp_path)
+    made.judge([made.line("distilled", 1, seed, 0, 0.5 + seed / 100) for seed in (0, 1)] + [made.line("full", None, None, 0, 0.51)])
+    report = made.summarise()
+    print_summary(tmp_path)
+    caution, shown = "convnet-2 lies within noise of chance (50.0 %) even on full data (51.0 %)", capsys.readouterr().out
+    assert shown.startswith(f"caution: {caution}")
+    assert "a claim about the method needs several (`finetune.seeds`)" in shown
+    assert markdown(report).startswith(f"**Caution.** {caution}")
+    assert "a claim about the method needs several" in markdown(report)
 
 
 def test_a_damaged_report_is_refused(tiny_chain, tmp_path):

@@ -124,6 +124,8 @@ class Comparison:
     digests: tuple[Pair, ...]
     code: tuple[Pair, ...]
     seeds: tuple[int, int]
+    alone: tuple[str, ...]
+    """Sets drawn several times from a fine-tune that the other set is not from, and from no other."""
     images: tuple[Pictures, ...]
     classes: int
 
@@ -140,7 +142,7 @@ class Comparison:
         told = list(_parting_told(self.parting)) if self.parting else []
         if not self.same_images:
             told.append(_common_told(*self.common))
-        return [*told, *_scores_told(self.scores)]
+        return [*told, *_scores_told(self.scores, self.alone)]
 
     @property
     def settings_told(self) -> str:
@@ -222,8 +224,18 @@ def compare(first: Found, second: Found) -> Comparison:
         digests=tuple(_joined(_digests(one), _digests(other))),
         code=tuple(_joined(_code(one), _code(other))),
         seeds=(one.facts.seeds[0], other.facts.seeds[0]),
+        alone=_alone(one, other),
         images=tuple(Pictures(name, _pictures(one, name), _pictures(other, name)) for name in classes[:CLASSES_SHOWN]),
         classes=len(classes),
+    )
+
+
+def _alone(one: _Side, other: _Side) -> tuple[str, ...]:
+    tunes = [side.own.get("denoiser") for side in (one, other)]
+    if tunes[0] and tunes[1] and tunes[0].digest == tunes[1].digest:
+        return ()
+    return tuple(
+        side.letter for side, tune in zip((one, other), tunes, strict=True) if tune and len(tune.manifest.facts["seeds"]) == 1 < len(side.facts.seeds)
     )
 
 
@@ -291,12 +303,14 @@ def _common_told(shared: int, equal: int) -> str:
     return f"Equal bytes: {plain(equal)} of the {plural(shared, 'image')} with the same seed, class and number in both."
 
 
-def _scores_told(scores: Sequence[Score]) -> Iterator[str]:
+def _scores_told(scores: Sequence[Score], alone: Sequence[str]) -> Iterator[str]:
     """How often each set is shown to be better: on val where it can be told, else on test."""
     for split, differences in (("val", [score.validation for score in scores]), ("test", [score.test for score in scores])):
         if verdicts := [one.gain.verdict for one in differences if one.gain]:
             count = plural(len(verdicts), "comparison")
             yield f"On {split}, B is shown to be better in {verdicts.count('gain')} of {count}, A in {verdicts.count('loss')}."
+            if alone:
+                yield f"One fine-tune alone stands behind {_listed(alone)}: a claim about the method needs several (`finetune.seeds`)."
             return
 
 

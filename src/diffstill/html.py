@@ -84,9 +84,11 @@ class Page:
     title: str
     lead: str
     facts: Sequence[tuple[str, str]]
+    cautions: Sequence[str]
     headline: Verdict
     verdicts: Sequence[Verdict]
     cells: Sequence[Cell]
+    chance: float
     caption: str
     footnotes: Sequence[str]
     grid: Sequence[GridRow]
@@ -273,7 +275,7 @@ def _fill_panel(page: Page, colours: Mapping[str, str]) -> Figure:
 
 
 def _draw_accuracy(axes: Axes, page: Page, student: str, colours: Mapping[str, str]) -> None:
-    """Accuracy over images per class: mean as points, lowest to highest run as a band, full data as a dashed line."""
+    """Accuracy over images per class: mean as points, lowest to highest run as a band, full data as a dashed line, chance as a dotted one."""
     for source, marker in _MARKERS.items():
         cells = [cell for size in page.students[student] if (cell := page.cell(source, student, size))]
         if cells:
@@ -282,6 +284,7 @@ def _draw_accuracy(axes: Axes, page: Page, student: str, colours: Mapping[str, s
             axes.plot(sizes, [100 * cell.test.mean for cell in cells], marker=marker, color=colours[source], label=SOURCE_NAMES[source], lw=1.8, ms=5)
     if full := page.cell("full", student, None):
         axes.axhline(100 * full.test.mean, color=colours["full"], ls=(0, (5, 3)), lw=1.5, label=SOURCE_NAMES["full"])
+    axes.axhline(100 * page.chance, color=colours["muted"], ls=":", lw=1.5, label="chance")
     axes.autoscale_view(scalex=False)  # axhline keeps limits that just hold it, so it would lie on the frame
     _log_sizes(axes, page.students[student])
     _finish(axes, colours, student, "images per class", "test accuracy, %")

@@ -6,9 +6,10 @@ Accuracies are fractions between 0 and 1, gains are in points. Figures compare o
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,6 +32,8 @@ Column = tuple[Source, str, int | None]
 """What the runs of one cell of a table share: source, student, images per class."""
 GENERATED: tuple[Source, ...] = ("untuned", "distilled")
 """Sets drawn from a generator: image k of a class and generation seed begins from the same noise in all of them."""
+WIDE = 20.0
+"""Points from end to end of a 95 % interval above which it says next to nothing."""
 Split = Literal["accuracy_val", "accuracy_test"]
 Accuracy = Field(ge=0.0, le=1.0)
 
@@ -328,3 +331,83 @@ def _validation(runs: Sequence[Run], size: int) -> Validation | None:
 
 def _judges(runs: Sequence[Run]) -> set[tuple[str, int]]:
     return {(run.student, run.student_seed) for run in runs}
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What the best constant answer scores: `level`, a fraction, is the share of the most frequent class among so many test images."""
+
+    level: float
+    images: int
+
+    @classmethod
+    def of(cls, images: Mapping[str, Any]) -> Chance:
+        """From the facts of an `images` artifact."""
+        counts = images["counts"]["test"].values()
+        return cls(max(counts) / sum(counts), sum(counts))
+
+    def explains(self, runs: Sequence[Run]) -> bool:
+        """Whether the mean of a cell is less than two standard errors above chance: those of so many test images and over generation seeds together."""
+        seeds = seed_means(runs, "accuracy_test")
+        means = summary(list(seeds.values()) if len(seeds) > 1 else [run.accuracy_test for run in runs])
+        error = math.hypot(math.sqrt(self.level * (1 - self.level) / self.images), (means.sd or 0.0) / math.sqrt(means.runs))
+        return means.mean < self.level + 2 * error
+
+
+def cautions(runs: Sequence[Run], chance: Chance) -> list[str]:
+    """What must be said before any verdict, with what to change: of students that may only guess, and of intervals that say next to nothing."""
+    groups = by_column(runs)
+    guessed = {column for column, cell in groups.items() if chance.explains(cell)}
+    students = dict.fromkeys(student for _, student, _ in groups)
+    return [*(told for student in students if (told := _guessing(student, groups, guessed, chance))), *_too_wide(runs)]
+
+
+def _guessing(student: str, groups: Mapping[Column, Sequence[Run]], guessed: set[Column], chance: Chance) -> str:
+    level, full = f"chance ({100 * chance.level:.1f} %)", ("full", student, None)
+    if full in guessed:
+        reached = summary([run.accuracy_test for run in groups["full", student, None]]).mean
+        return (
+            f"{student} lies within noise of {level} even on full data ({100 * reached:.1f} %), so its figures mean nothing: "
+            "train it longer (`evaluate.protocol`), or take another network (`evaluate.students`) or larger images (`prepare.side`)."
+        )
+    own = [column for column in groups if column[1] == student and column != full]
+    blind = [size for size in sorted({column[2] or 0 for column in own}) if all(column in guessed for column in own if column[2] == size)]
+    if not blind:
+        return ""
+    return (
+        f"{student}, images per class {', '.join(map(str, blind))}: all sources lie within noise of {level}, so nothing tells them apart: "
+        "train longer (`evaluate.protocol`), or take more images per class (`sample.images_per_class`, `evaluate.images_per_class`)."
+    )
+
+
+def _too_wide(runs: Sequence[Run]) -> Iterator[str]:
+    widths = {name: over.high - over.low for name, over in _gains(runs) if over.low is not None and over.high is not None}
+    if wide := [name for name, width in widths.items() if width > WIDE]:
+        widest = max(wide, key=widths.__getitem__)
+        yield (
+            f"{len(wide)} of {len(widths)} intervals {'is' if len(wide) == 1 else 'are'} wider than {WIDE:g} points and {'says' if len(wide) == 1 else 'say'} "
+            f"next to nothing (widest: {widest}, {widths[widest]:.0f} points): repeat the experiment with a fresh, larger set of "
+            "generation seeds (`sample.seeds`), of draws (`evaluate.random_seeds`) and of student seeds (`evaluate.student_seeds`)."
+        )
+
+
+def _gains(runs: Sequence[Run]) -> Iterator[tuple[str, Gain]]:
+    """Every difference that is told of these runs, by name."""
+    for cell in table(runs):
+        for base, over in (("random", cell.over_random), ("untuned", cell.over_untuned)):
+            if over:
+                yield f"{cell.student}, {cell.images_per_class} per class, {cell.source} over {base}", over
+    for one in validations(runs):
+        yield f"val, {one.images_per_class} per class, distilled over {one.baseline}", one.gain
+
+
+def repeated(fine_tunes: int, sets: int) -> str:
+    """What the generation seeds of a distilled set repeat, and so what its intervals are about."""
+    if sets == 1:
+        return "One fine-tune, sampled once."
+    if fine_tunes == 1:
+        return (
+            "Each distilled generation seed repeats the sampling only, from one fine-tune, so the spread leaves out that of fine-tuning: "
+            "intervals are about this fine-tune, and a claim about the method needs several (`finetune.seeds`)."
+        )
+    return "Each distilled generation seed repeats fine-tuning and sampling."

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from diffstill.artifacts import open_artifact, read_manifest
 from diffstill.errors import without_secrets
+from diffstill.lineage import Lineage
+from diffstill.scores import SCORES, Chance, cautions, read_lines, repeated
 from diffstill.tracking import OFF, tracking_uri
 
 SOURCES = {"random": "random real", "untuned": "untuned generator", "distilled": "distilled", "full": "full data"}
@@ -25,9 +27,12 @@ def print_summary(artifacts: Path) -> None:
     Raises `DiffstillError` where there is no whole report.
     """
     report = artifacts / "report"
-    table = _table(_rows(report))
+    table, first, last = _table(_rows(report)), *_remarks(report)
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    for caution in first:
+        console.print(f"caution: {caution}")
     console.print(table)
+    console.print(last)
     console.print(f"report     {report.absolute() / 'report.html'}")
     for seed in read_manifest(artifacts / "distilled", "distilled").facts["seeds"][:1]:
         console.print(f"distilled  {artifacts.absolute() / 'distilled' / f'seed-{seed}'}  (an image folder; torchvision and Hugging Face open it)")
@@ -39,10 +44,18 @@ def print_summary(artifacts: Path) -> None:
 
 def markdown(report: Path) -> str:
     """The same table in Markdown. Raises `DiffstillError` where there is no whole report."""
-    table, text = _table(_rows(report)), io.StringIO()
+    table, text, (first, last) = _table(_rows(report)), io.StringIO(), _remarks(report)
     title, table.title, table.box = table.title, None, box.MARKDOWN
     Console(file=text, highlight=False, markup=False, width=10_000).print(table)
-    return f"{title}\n\n{text.getvalue().strip()}\n"
+    return "\n\n".join([*(f"**Caution.** {caution}" for caution in first), str(title), text.getvalue().strip(), last]) + "\n"
+
+
+def _remarks(report: Path) -> tuple[list[str], str]:
+    """What to say before the table, and what its repetitions repeat."""
+    made = open_artifact(report, "report")
+    lineage = Lineage.of(made)
+    tunes, sets = (len(lineage[name].manifest.facts["seeds"]) for name in ("denoiser", "distilled"))
+    return cautions(read_lines(made.folder / SCORES), Chance.of(lineage["images"].manifest.facts)), repeated(tunes, sets)
 
 
 def _rows(report: Path) -> list[dict[str, str]]:

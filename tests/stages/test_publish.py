@@ -108,6 +108,27 @@ def test_a_gain_that_is_not_shown_on_val_is_refused_with_its_numbers(tmp_path, s
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(("seeds", "fresh"), [((0, 1, 2), "[3, 4, 5]"), ((7,), "[8, 9, 10]"), ((0, 9, 2, 3), "[10, 11, 12, 13]")])
+def test_a_refusal_asks_for_fresh_seeds_and_never_for_more_of_them(tmp_path, shelf, seeds, fresh):
+    made = judged(tmp_path, more=0.0, seeds=seeds)
+    with pytest.raises(GateError) as refusal:
+        published(made, shelf)
+    assert f"judge it by a fresh set of generation seeds in place of the old ones (`sample.seeds: {fresh}`)" in str(refusal.value)
+    assert "more generation seeds" not in str(refusal.value)
+
+
+def test_students_that_guess_are_told_first(tmp_path, shelf, caplog):
+    made = judged(tmp_path, lines=lambda made: [*pairs([0.5, 0.52], [0.51, 0.49])(made), made.line("full", None, None, 0, 0.51)])
+    caution = "convnet-2 lies within noise of chance (50.0 %) even on full data (51.0 %)"
+    with pytest.raises(GateError, match=rf"^{re.escape(caution)}.* a set of 2 images per class reaches 51\.0 % on val"):
+        published(made, shelf)
+    published(made, shelf, force=True)
+    assert caplog.messages[0].startswith(caution)
+    card = (tmp_path / "card" / "card.md").read_text(encoding="utf-8")
+    assert "## What it is worth\n\n**Caution.** convnet-2 lies within noise of chance" in card
+    assert "a claim about the method needs several" in card
+
+
 def test_the_interval_decides_not_the_mean(tmp_path, shelf):
     """Just below the edge and just above it."""
     ours, real = np.array([0.50, 0.54, 0.58]), [0.51, 0.54, 0.57]

@@ -172,7 +172,7 @@ def test_footnotes_say_which_interval_is_paired(written, tmp_path):
 
 def test_caption_names_the_protocol_and_what_was_repeated(written):
     text = Parsed((written[0] / "report.html").read_text(encoding="utf-8")).text
-    assert "on 6 real test images at the last epoch" in text
+    assert "on 600 real test images at the last epoch" in text
     assert "Protocol short-20, 20 optimiser steps for every student." in text
     assert "Random real: 3 draws × 2 student seeds; untuned generator: 3 generation seeds × 2 student seeds; distilled: 3" in text
     assert "repeats the sampling only, from one fine-tune" in text
@@ -187,6 +187,15 @@ def test_random_real_has_as_many_draws_as_it_likes(made):
     expected = gain([0.62, 0.62, 0.64], [0.31 + draw / 100 for draw in range(10)])
     assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
     assert "Random real: 10 draws × 2 student seeds; untuned generator: 3 generation seeds × 2" in (folder / "report.html").read_text()
+
+
+def test_the_verdict_begins_with_what_makes_it_void_and_names_the_one_fine_tune(made):
+    lines = [made.line(source, 1, seed, 0, 0.5 + seed / 100 + more) for source, more in (("random", 0), ("untuned", 0.02)) for seed in (0, 1, 2)]
+    lines += [made.line("distilled", 1, seed, 0, 0.53 + seed / 90) for seed in (0, 1, 2)] + [made.line("full", None, None, 0, 0.52)]
+    made.judge(lines)
+    text = (made.report()[0] / "report.html").read_text(encoding="utf-8")
+    assert '<section class="verdict unknown" aria-label="Verdict">\n<p>convnet-2 lies within noise of chance (50.0 %) even on full data' in text
+    assert "they are of one fine-tune, and a claim about the method needs several." in text
 
 
 def test_caption_tells_when_each_generation_was_fine_tuned(tmp_path):

@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,23 @@ from diffstill.errors import DiffstillError
 from diffstill.html import Curve, GridRow, Page, Setting, Verdict, figures, percent, plain, plural, render, signed
 from diffstill.imagenet import titled
 from diffstill.record import Record, ignore
-from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Gain, Run, Source, by_column, by_seed, flat, metrics, read_runs, table
+from diffstill.scores import (
+    SCORES,
+    SOURCE_NAMES,
+    Cell,
+    Chance,
+    Gain,
+    Run,
+    Source,
+    by_column,
+    by_seed,
+    cautions,
+    flat,
+    metrics,
+    read_runs,
+    repeated,
+    table,
+)
 
 GRID_CLASSES = 50
 """Classes whose pictures the page shows, so that it stays one that a browser opens."""
@@ -144,14 +160,18 @@ def _accuracy_csv(cells: Sequence[Cell], protocol: str) -> str:
 
 
 def _page(config: ReportConfig, inputs: Inputs, runs: Sequence[Run], cells: Sequence[Cell]) -> Page:
-    denoiser = inputs.denoiser.facts
+    denoiser, chance = inputs.denoiser.facts, Chance.of(inputs.images.facts)
+    warned = cautions(runs, chance)
+    headline = _headline(cells, alone=len(denoiser["seeds"]) == 1 < len(inputs.distilled.facts["seeds"]))
     return Page(
         title=_title(inputs.images.facts["source"]),
         lead=_lead(inputs),
         facts=_facts(inputs, runs),
-        headline=_headline(cells),
+        cautions=warned,
+        headline=replace(headline, tone="unknown") if warned else headline,
         verdicts=[verdict for cell in cells if (verdict := _verdict(cell, cells))],
         cells=cells,
+        chance=chance.level,
         caption=_caption(inputs, runs),
         footnotes=_footnotes(cells),
         grid=_grid(config, inputs),
@@ -218,15 +238,16 @@ def _difference(over: Gain) -> str:
     return f"{signed(over.points)} points{interval}: {_OUTCOMES[over.verdict]}"
 
 
-def _headline(cells: Sequence[Cell]) -> Verdict:
-    """The answer in one or two sentences, coloured by the comparison with random real."""
+def _headline(cells: Sequence[Cell], *, alone: bool) -> Verdict:
+    """The answer in one or two sentences, coloured by the comparison with random real; `alone` is one fine-tune that was sampled several times."""
     over_random = [cell.over_random.verdict for cell in cells if cell.source == "distilled" and cell.over_random]
     over_untuned = [cell.over_untuned.verdict for cell in cells if cell.source == "distilled" and cell.over_untuned]
     if not over_random:
         return Verdict("unknown", "These scores hold no distilled runs beside random real ones of the same size, so there is no verdict.")
     text = f"Distilled images {_compared(over_random, 'the same number of random real images')}."
     if over_untuned:
-        text += f" They {_compared(over_untuned, 'images of the untuned generator')}."
+        about = "; they are of one fine-tune, and a claim about the method needs several" * alone
+        text += f" They {_compared(over_untuned, 'images of the untuned generator')}{about}."
     outcomes = set(over_random)
     return Verdict(over_random[0] if len(outcomes) == 1 else "unclear", text)
 
@@ -248,10 +269,11 @@ def _compared(outcomes: Sequence[str], other: str) -> str:
 
 
 def _caption(inputs: Inputs, runs: Sequence[Run]) -> str:
+    again = repeated(len(inputs.denoiser.facts["seeds"]), len(inputs.distilled.facts["seeds"]))
     return (
         f"Top-1 accuracy in % on {plain(_images_in(inputs, 'test'))} real test images at the last epoch: mean ± sample standard deviation over all runs "
         f"(number of runs below). Bold: the best small set of each column. In colour: points above random real, with the 95 % interval. "
-        f"Protocol {runs[0].protocol}, {_budget(runs)}. {_repeats(runs)} {_regenerated(inputs)} Hard labels."
+        f"Protocol {runs[0].protocol}, {_budget(runs)}. {_repeats(runs)} {again} Hard labels."
     )
 
 
