@@ -113,8 +113,8 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("prepare: {side: 8.0}", "`prepare.side` is 8.0: Input should be a valid integer"),
         ("prepare: {side: true}", "`prepare.side` is True: Input should be a valid integer"),
         ("prepare: {flip: 1}", "`prepare.flip` is 1: Input should be a valid boolean"),
-        ("prepare: {classes: [1, '2']}", "`prepare.classes.0` is 1: Input should be a valid string"),
-        ("prepare: {location: 5}", "`prepare.location` is 5: Input should be a valid string"),
+        ("prepare: {classes: [1, '2']}", "`prepare.classes` has 1 where text is expected; put it in quotes"),
+        ("prepare: {location: 5}", "`prepare.location` has 5 where text is expected; put it in quotes"),
         ("finetune: {preview_every: -1}", "`finetune.preview_every` is -1: Input should be greater than or equal to 0"),
         ("publish: {gate: test-gain}", "`publish.gate` is 'test-gain': Input should be 'val-gain' or 'off'"),
         ("publish: {name: a/b}", "`publish.name` is 'a/b': String should match pattern"),
@@ -167,7 +167,7 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("pretrain: {autoencoder: ema}", "are for pretrained weights, not for `source: scratch`; leave them out"),
         ("pretrain: {labels: {a: mean}}", "are for pretrained weights, not for `source: scratch`; leave them out"),
         ("pretrain: {source: checkpoint, location: DiT.pt}", "`source: checkpoint` has no autoencoder; set `autoencoder` to ema, mse or a folder"),
-        ("pretrain: {source: folder, location: a, labels: {a: 3}}", "`pretrain.labels.a` is 3: Input should be a valid string"),
+        ("pretrain: {source: folder, location: a, labels: {a: 3}}", "`pretrain.labels.a` has 3 where text is expected; put it in quotes"),
         ("finetune: {precision: fp8}", "`finetune.precision` is 'fp8': Input should be 'float32' or 'bf16'"),
         ("pretrain: {beta_start: 0.5}", "`beta_start` 0.5 must not exceed `beta_end` 0.02"),
         ("sample: [", "not valid YAML (line 1: "),
@@ -375,3 +375,20 @@ def test_a_file_of_parameters_has_a_size(tmp_path):
     (tmp_path / "params.yaml").write_text("# " + "x" * 2**18)
     with pytest.raises(DiffstillError, match=r"has 262,146 bytes, above the 262,144 that are read; write one with `diffstill preset"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prepare: {classes: [1, 2, 10]}", "`prepare.classes` has 1, 2, 10 where text is expected; put them in quotes"),
+        ("sample: {classes: [1.5, true, a]}", "`sample.classes` has 1.5, true where text is expected; put them in quotes"),
+        ("evaluate: {students: [5]}", "`evaluate.students` has 5 where text is expected; put it in quotes"),
+        ("prepare: {classes: [null, a]}", "`prepare.classes.0` is None: Input should be a valid string"),
+        ("sample: {seeds: [a]}", "`sample.seeds.0` is 'a': Input should be a valid integer"),
+    ],
+)
+def test_what_lacks_quotes_is_said_so_and_nothing_else(tmp_path, text, said):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(DiffstillError) as refusal:
+        load_params(tmp_path / "params.yaml")
+    assert str(refusal.value) == f"{tmp_path / 'params.yaml'}: {said}"

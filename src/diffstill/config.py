@@ -521,10 +521,15 @@ def _first_problem(error: Exception) -> str:
 
 def _explain(error: ValidationError) -> str:
     """One line per wrong knob, in plain words."""
-    lines = []
+    lines: list[str] = []
+    unquoted: dict[str, list[Any]] = {}
     for item in error.errors():
-        knob = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "constrained-", "int", "literal")))
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "too_short" and item["input"]:
+            continue  # its entries are wrong, which is said of each
+        knob = _knob(item["loc"])
+        if item["type"] == "string_type" and isinstance(item["input"], int | float):
+            unquoted.setdefault(_knob(item["loc"][:-1]) if isinstance(item["loc"][-1], int) else knob, []).append(item["input"])
+        elif item["type"] == "extra_forbidden":
             lines.append(f"`{knob}` is not a knob; remove it or mend its name (`diffstill show` lists all)")
         else:
             message = item["msg"].removeprefix("Value error, ")
@@ -533,7 +538,14 @@ def _explain(error: ValidationError) -> str:
                 if knob and item["type"] != "value_error"
                 else f"{knob}{': ' if knob else ''}{message}"
             )
+    for knob, values in unquoted.items():
+        shown, several = ", ".join(map(json.dumps, values)), len(values) > 1
+        lines.append(f"`{knob}` has {shown} where text is expected; put {'them' if several else 'it'} in quotes")
     return "; ".join(lines)
+
+
+def _knob(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc if not str(part).startswith(("tuple[", "constrained-", "int", "literal")))
 
 
 def _shown(knob: str, value: Any) -> str:
