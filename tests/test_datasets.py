@@ -44,6 +44,7 @@ from diffstill.imagenet import SUBSETS
 from diffstill.record import Record, ignore
 
 LIMIT = 10_000
+NO_IMAGE = "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Loaded:
         return self.dataset.division
 
     @property
-    def ignored(self) -> int:
-        return self.dataset.ignored
+    def left_out(self) -> dict[str, str]:
+        return {one.file: one.reason for one in self.dataset.left_out}
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -91,7 +92,7 @@ def read(dataset: Dataset, config: PrepareConfig, record: Record = ignore) -> Lo
         for found in read_pieces(dataset, dataset.pieces(config.shard_size), config.side, progress):
             parts[found.piece.split].append(found)
             bad |= found.rejected
-            refuse_many_bad(dataset, bad, config.max_bad_fraction)
+    refuse_many_bad(dataset, bad, config.max_bad_fraction, Path("the list"))
     refuse_emptied(dataset, bad)
     splits = {
         split: Split(np.concatenate([part.pixels for part in own]), np.concatenate([part.labels for part in own])) for split, own in parts.items()
@@ -413,7 +414,7 @@ def test_folder_with_splits_of_its_own(tmp_path, beside, test, val, words):
 
 def test_folder_subset_and_other_files(tmp_path):
     tree(tmp_path, {"a": 3, "b": 3, "c": 3})
-    (tmp_path / "train/a/notes.txt").write_text("not an image")
+    (tmp_path / "train/a/notes.txt").write_text("BMP: not an image")
     (tmp_path / "train/README").write_text("about")
     (tmp_path / "train/a/.hidden.png").write_text("not an image either")
     (tmp_path / "train/.cache").mkdir()
@@ -421,7 +422,7 @@ def test_folder_subset_and_other_files(tmp_path):
     (tmp_path / "train/b/junk.txt").write_text("of a class that is left out")
     dataset = load(folder_config(tmp_path, classes=("c", "a")))
     assert dataset.classes == ("c", "a")
-    assert dataset.ignored == 2
+    assert dataset.left_out == {"train/README": "in no class folder", "train/a/notes.txt": NO_IMAGE}
     assert load(folder_config(tmp_path)).counts()["train"] == {"a": 1, "b": 1, "c": 1}
 
 
@@ -466,8 +467,75 @@ def test_long_lists_of_bad_files_are_shortened(tmp_path):
     brought(tree(tmp_path, {"a": 3, "b": 3}))
     for i in range(7):
         (tmp_path / f"train/a/bad{i}.png").touch()
-    with pytest.raises(DiffstillError, match=r"7 of 17 .*bad4.png: [^;]*; and 2 more\)"):
+    with pytest.raises(DiffstillError, match=r"7 of 17 .*bad4.png: [^;]*; and 2 more; all are listed in the list\)"):
         load(folder_config(tmp_path))
+
+
+def test_the_content_of_a_file_of_another_name_decides(tmp_path):
+    tree(tmp_path, {"a": 3, "b": 3})
+    picture = Image.fromarray(noise((8, 8)))
+    for name, form in (("a.jfif", "JPEG"), ("b.HEIC", "JPEG"), ("c", "PNG"), ("d.jpe", "JPEG"), ("e.dat", "WEBP")):
+        picture.save(tmp_path / "train/a" / name, format=form)
+    (tmp_path / "train/a/really.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    (tmp_path / "train/a/none").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "train/b/pipe")
+    (tmp_path / "validation/a").mkdir(parents=True)
+    dataset = load(folder_config(tmp_path))
+    assert sum(dataset.counts()[split]["a"] for split in SPLITS) == 3 + 5
+    assert dataset.left_out == {
+        "validation/": "neither train/ nor test/ nor val/",
+        "train/a/really.heic": NO_IMAGE,
+        "train/a/none": "not a file",
+        "train/b/pipe": "not a file",
+    }
+
+
+CAFE = ("caf\u00e9", "cafe\u0301")
+"""One word composed (NFC) and decomposed (NFD)."""
+
+
+@pytest.mark.parametrize(("train", "test"), [CAFE, CAFE[::-1], (CAFE[1], CAFE[1])])
+@pytest.mark.parametrize("wanted", CAFE)
+def test_a_class_is_the_same_however_its_accents_are_spelled(tmp_path, train, test, wanted):
+    tree(tree(tmp_path, {"a": 3, train: 4}), {"a": 1, test: 2}, "test", start=100)
+    dataset = load(folder_config(tmp_path))
+    assert dataset.classes == ("a", CAFE[0])
+    assert dataset.counts()["test"] == {"a": 1, CAFE[0]: 2}
+    assert values(dataset, "test") == [100, 120, 121]
+    again = load(folder_config(tmp_path, classes=(wanted, "a")))
+    assert again.classes == (CAFE[0], "a")
+    assert again.counts()["test"] == {CAFE[0]: 2, "a": 1}
+
+
+def test_one_name_spelled_twice_in_a_split_is_refused(tmp_path):
+    tree(tmp_path, {"a": 3, CAFE[0]: 3, CAFE[1]: 3})
+    with pytest.raises(DiffstillError, match=r"train: the class folders 'cafe\\u0301' and 'caf\\xe9' are one name spelled in two ways"):
+        load(folder_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("metadata.csv", "a file which lies beside"),
+        ("Metadata.CSV", "a file which lies beside"),
+        ("classes.json", "a file which lies beside"),
+        ("manifest.json", "a file which lies beside"),
+        ("seed-0", "a file which lies beside"),
+        ("seed-12.png", "a file which lies beside"),
+        ("Thumbs.db", "a file which lies beside"),
+        ("aux", "none that Windows can have"),
+        ("Con.x", "none that Windows can have"),
+        ("ends with.", "none that Windows can have"),
+        ("ends with ", "none that Windows can have"),
+        ("a\\b", "no name of a folder"),
+        ("a\nb", "control characters"),
+    ],
+)
+def test_class_folders_that_no_set_could_have_are_refused(tmp_path, name, why):
+    tree(tmp_path, {"a": 3, name: 3})
+    with pytest.raises(DiffstillError, match=f"cannot be a class, its name .*{why}.*; rename it"):
+        load(folder_config(tmp_path))
+    assert load(folder_config(tree(tmp_path, {"b": 3}), classes=("a", "b"))).classes == ("a", "b")
 
 
 def empty_class(root: Path) -> None:
@@ -481,7 +549,7 @@ def empty_class(root: Path) -> None:
         (lambda root: tree(root, {"a": 3, "b": 3}, "."), r"has no folder train/; it holds 'a', 'b' instead \(class folders belong inside train/\)"),
         (lambda root: (root / "train").mkdir(), r"train has no class to work with"),
         (lambda root: tree(root, {"a": 3}), r"train has only the class 'a' to work with, but telling classes apart takes at least two"),
-        (lambda root: tree(root, {"a": 3}) and empty_class(root), r"train/b: class 'b' has no image there \(suffixes .bmp"),
+        (lambda root: tree(root, {"a": 3}) and empty_class(root), r"train/b: class 'b' has no image there \(JPEG, PNG"),
         (
             lambda root: tree(root, {"a": 3, "b": 1}),
             r"class 'b' has 1 readable training image, but 3 are needed, at least one each for train, test, val; add",
@@ -1024,7 +1092,7 @@ def test_the_number_of_cpus_changes_nothing(tmp_path, monkeypatch):
             assert np.array_equal(other.splits[split].labels, found[0].splits[split].labels)
 
 
-def test_pieces_are_read_one_by_one_so_that_bad_files_are_known_early(tmp_path):
+def test_pieces_are_read_one_by_one(tmp_path):
     brought(tree(tmp_path, {"a": 10, "b": 10}))
     for number in (1, 2):
         (tmp_path / f"train/a/00{number}.png").write_text("bad")
@@ -1042,5 +1110,5 @@ def test_pieces_are_read_one_by_one_so_that_bad_files_are_known_early(tmp_path):
     with pytest.raises(
         DiffstillError, match=r"2 of 24 image files cannot be used, above `prepare.max_bad_fraction` 0.05 \(train/a/001.png: [^;]*; train/a/002"
     ):
-        refuse_many_bad(dataset, found.rejected, config.max_bad_fraction)
+        refuse_many_bad(dataset, found.rejected, config.max_bad_fraction, tmp_path)
     assert sum(seen) == 5

@@ -23,7 +23,7 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError, without_secrets
-from diffstill.names import is_name
+from diffstill.names import composed, is_name
 from diffstill.protocols import NAMED, SHORT, protocol
 
 
@@ -52,6 +52,7 @@ def _one_name(text: str) -> str:
 
 
 Each = AfterValidator(_once)
+ClassName = Annotated[str, AfterValidator(composed)]
 Location = Annotated[str | None, AfterValidator(_without_credentials)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), Each]
@@ -97,7 +98,7 @@ class PrepareConfig(Section):
         "or classes of ImageNet (a tree with train/<wnid>/* and val/<wnid>/*)",
     )
     location: Location = Field(None, description="folder or URL of the data; null = where the dataset usually is")
-    classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1), Each] | None = Field(
         None, description="keep these classes only, in this order; null = all"
     )
     side: Annotated[int, Field(ge=8, le=1024)] = Field(8, description="pixels per side after centre crop and resize")
@@ -158,7 +159,7 @@ class PretrainConfig(Section):
     autoencoder: Location = Field(
         None, description="a diffusers AutoencoderKL folder (path, s3://, hf://), or ema or mse for that of Stable Diffusion; null = the folder's own"
     )
-    labels: Mapping[str, str] = Field(
+    labels: Mapping[ClassName, str] = Field(
         {}, description="class -> label number or wnid of the generator, `mean` for a new label, `new:<label>` for one that begins as a copy"
     )
     frequency_shift: Literal[0, 1] | None = Field(
@@ -253,7 +254,7 @@ class SampleConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(1.5, description="classifier-free guidance scale; 1 = none")
     sampler: Literal["ddpm", "ddim", "dpm++"] = Field("ddim", description="ddpm (ancestral), ddim or dpm++ (deterministic)")
     steps: Count = Field(25, description="sampling steps")
-    classes: Annotated[tuple[str, ...], Field(min_length=1), Each] | None = Field(None, description="sample these classes only; null = all")
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1), Each] | None = Field(None, description="sample these classes only; null = all")
     chunk_size: Batch = Field(100, description="images per batch; every batch is filled up to it, so that a subset gives the same images")
     precision: Precision = Field("float32", description="what the transformer computes in; bf16 suits GPUs, the sampler's state stays float32")
     compile: bool = Field(False, description="compile the transformer's blocks (TorchInductor): half a minute at first, then faster on a GPU")

@@ -18,10 +18,11 @@ import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import joblib
@@ -40,6 +41,7 @@ from diffstill.config import PrepareConfig
 from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
 from diffstill.imagenet import SUBSETS, title_of
+from diffstill.names import composed, flaw
 from diffstill.record import Progress, Record, ignore
 
 Pixels = npt.NDArray[np.uint8]
@@ -48,7 +50,8 @@ Labels = npt.NDArray[np.int64]
 log = logging.getLogger("diffstill")
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+"""A file of such a name is said to be an image; of another one the content decides."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 LAYOUT = "expected <location>/train/<class>/<image>, and optionally test/ and val/ laid out like train/"
 IMAGENET_LAYOUT = (
@@ -134,7 +137,7 @@ class Dataset:
     place: str
     names: Sequence[str] = ()
     fingerprint: str = ""
-    ignored: int = 0
+    left_out: Sequence[Rejected] = ()
     leakage: str | None = None
 
     def pieces(self, size: int) -> list[Piece]:
@@ -161,7 +164,7 @@ class _Listing:
     origin: npt.NDArray[np.str_]
     names: Sequence[str] = ()
     fingerprint: str = ""
-    ignored: int = 0
+    left_out: Sequence[Rejected] = ()
 
 
 def load(config: PrepareConfig, record: Record = ignore) -> Dataset:
@@ -214,7 +217,10 @@ def folder(config: PrepareConfig, record: Record = ignore) -> Dataset:
         raise DiffstillError(f"`prepare.location` is null, but `source: folder` needs the folder of the images; {LAYOUT}")
     root = Path(config.location).expanduser()
     folders = _layout(root)
-    listing = _list(root, folders, _agreed_classes(root, folders, config.classes), record)
+    present = {sub: _class_folders(root / sub) for sub in folders.values()}
+    listing = _list(root, folders, _agreed_classes(root, present, config.classes), record, present)
+    strangers = [Rejected(f"{name}/", "neither train/ nor test/ nor val/") for name in _visible(root, folders=True) if name not in present]
+    listing = replace(listing, left_out=[*strangers, *listing.left_out])
     brought = {origin: f"the folder {sub}/" for origin, sub in folders.items() if origin != "train"}
     return _of_files(root, listing, brought, config, record)
 
@@ -256,7 +262,7 @@ def _of_files(
         place=str(root),
         names=listing.names,
         fingerprint=listing.fingerprint,
-        ignored=listing.ignored,
+        left_out=listing.left_out,
         leakage=leakage,
     )
 
@@ -433,15 +439,15 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def refuse_many_bad(dataset: Dataset, rejected: Mapping[int, str], tolerated: float) -> None:
-    """Raise `DiffstillError` if more than that share of all images was rejected so far."""
+def refuse_many_bad(dataset: Dataset, rejected: Mapping[int, str], tolerated: float, listed: Path) -> None:
+    """Raise `DiffstillError` if more than that share of all images was rejected; all of them are named in the file `listed`."""
     total = len(dataset.labels)
     if len(rejected) / total > tolerated:
         shown = "; ".join(f"{dataset.names[row]}: {reason}" for row, reason in sorted(rejected.items())[:_SHOWN])
         more = f"; and {len(rejected) - _SHOWN} more" if len(rejected) > _SHOWN else ""
         raise DiffstillError(
             f"{dataset.place}: {len(rejected)} of {total} image files cannot be used, above `prepare.max_bad_fraction` {tolerated:g} "
-            f"({shown}{more}); remove these files or raise `prepare.max_bad_fraction`"
+            f"({shown}{more}; all are listed in {listed}); remove these files or raise `prepare.max_bad_fraction`"
         )
 
 
@@ -546,13 +552,24 @@ def _visible(place: Path, *, folders: bool) -> list[str]:
     return sorted(entry.name for entry in place.iterdir() if not entry.name.startswith(".") and entry.is_dir() == folders)
 
 
-def _agreed_classes(root: Path, folders: Mapping[str, str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+def _class_folders(place: Path) -> dict[str, str]:
+    """The folders in `place` by the class that each is of."""
+    found: dict[str, str] = {}
+    for folder in _visible(place, folders=True):
+        if (name := composed(folder)) in found:
+            raise DiffstillError(f"{place}: the class folders {found[name]!a} and {folder!a} are one name spelled in two ways; make them one")
+        found[name] = folder
+    return found
+
+
+def _agreed_classes(root: Path, present: Mapping[str, Mapping[str, str]], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
     """The classes to keep, which every split must have."""
-    present = {sub: _visible(root / sub, folders=True) for sub in folders.values()}
-    classes = _chosen(wanted, present["train"], f"{root}/train")
+    classes = _chosen(wanted, list(present["train"]), f"{root}/train")
     for name in classes:
         if name != os.fsencode(name).decode(errors="replace"):
             raise DiffstillError(f"{root}: the class folder {os.fsencode(name)!r} has a name that is not UTF-8; rename it")
+        if wrong := flaw(name):
+            raise DiffstillError(f"{root}: the class folder {name!r:.80} cannot be a class, its name {wrong}; rename it")
     for sub, names in present.items():
         for name in [*classes, *(names if wanted is None else ())]:
             if name not in names or name not in present["train"]:
@@ -563,28 +580,34 @@ def _agreed_classes(root: Path, folders: Mapping[str, str], wanted: tuple[str, .
     return classes
 
 
-def _list(root: Path, folders: Mapping[str, str], classes: tuple[str, ...], record: Record) -> _Listing:
-    """The image files of all classes in all splits, by class and name. Names, sizes and times of change make the fingerprint."""
+def _list(
+    root: Path, folders: Mapping[str, str], classes: tuple[str, ...], record: Record, present: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> _Listing:
+    """The image files of all classes in all splits, by class and name. Names, sizes and times of change make the fingerprint.
+
+    `present` has the folder of a class in each split, where that is not the class's name.
+    """
     names: list[str] = []
     counts: list[int] = []
-    seen, ignored = hashlib.sha256(), 0
-    with record.progress("list", len(folders) * len(classes), "folder") as progress:
+    seen, left_out = hashlib.sha256(), []
+    with record.progress("list", len(folders) * len(classes), "folder") as progress, _lifted_pillow_limit():
         for sub in folders.values():
-            ignored += len(_visible(root / sub, folders=False))
+            left_out += [Rejected(f"{sub}/{name}", "in no class folder") for name in _visible(root / sub, folders=False)]
             for name in classes:
-                images, others = _list_class(root / sub / name, name)
-                names += [f"{sub}/{name}/{image.name}" for image in images]
+                where = f"{sub}/{present.get(sub, {}).get(name, name)}"
+                images, others = _list_class(root / where, name)
+                names += [f"{where}/{image.name}" for image in images]
                 counts.append(len(images))
-                ignored += others
-                seen.update("".join([f"{sub}/{name}\n", *map(_stamp, images)]).encode(errors="surrogateescape"))
+                left_out += [Rejected(f"{where}/{other}", reason) for other, reason in others.items()]
+                seen.update("".join([f"{where}\n", *map(_stamp, images)]).encode(errors="surrogateescape"))
                 progress.update()
     labels = np.repeat(np.tile(np.arange(len(classes)), len(folders)), counts)
     origin = np.repeat(np.repeat(list(folders), len(classes)), counts)
-    return _Listing(classes, labels, origin, names, seen.hexdigest(), ignored)
+    return _Listing(classes, labels, origin, names, seen.hexdigest(), left_out)
 
 
-def _list_class(place: Path, name: str) -> tuple[list[os.DirEntry[str]], int]:
-    """The image files of one class in one split, sorted by name, and how many other files lie beside them."""
+def _list_class(place: Path, name: str) -> tuple[list[os.DirEntry[str]], dict[str, str]]:
+    """The image files of one class in one split, sorted by name, and why each other file there is none."""
     with os.scandir(place) as found:
         entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     nested = next((entry.name for entry in entries if entry.is_dir()), None)
@@ -592,13 +615,34 @@ def _list_class(place: Path, name: str) -> tuple[list[os.DirEntry[str]], int]:
         raise DiffstillError(
             f"{place}: holds the folder {nested!r}, but images must lie directly in their class folder; move them up, or hide it; {LAYOUT}"
         )
-    images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
+    images, others = [], {}
+    for entry in entries:
+        reason = None if Path(entry.name).suffix.lower() in SUFFIXES else _no_image(entry)
+        if reason is None:
+            images.append(entry)
+        else:
+            others[entry.name] = reason
     if not images:
         raise DiffstillError(
-            f"{place}: class {name!r} has no image there (suffixes {' '.join(sorted(SUFFIXES))}); add images, "
+            f"{place}: class {name!r} has no image there ({', '.join(FORMATS)}{_also_there(others)}); add images, "
             "or list the classes to keep in `prepare.classes`"
         )
-    return images, len(entries) - len(images)
+    return images, others
+
+
+def _no_image(file: os.DirEntry[str]) -> str | None:
+    """Why a file is no image, by its first bytes; None for an image."""
+    if not file.is_file():
+        return "not a file"
+    try:
+        with Image.open(file.path, formats=FORMATS):
+            return None
+    except _BAD_IMAGE as error:
+        return _reason(error)
+
+
+def _also_there(others: Collection[str]) -> str:
+    return f"; {len(others)} other files, such as {min(others)!r}" if others else ""
 
 
 def _stamp(file: os.DirEntry[str]) -> str:

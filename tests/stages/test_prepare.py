@@ -71,13 +71,49 @@ def test_facts_of_a_folder(tmp_path):
         "split": "test is a share of 0.2 of each class of the training images, drawn with seed 0; "
         "val is a share of 0.1 of each class of the training images that is left, drawn with seed 0",
         "rejected": 1,
-        "ignored": 1,
+        "left_out": 1,
     }
-    assert metrics == {"train_images": 14.0, "val_images": 2.0, "test_images": 4.0, "rejected": 1.0}
+    assert metrics == {"train_images": 14.0, "val_images": 2.0, "test_images": 4.0, "rejected": 1.0, "left_out": 1.0}
     (rejected,) = json.loads((tmp_path / "images/rejected.json").read_text())
     assert rejected == {"file": "train/cat/bad.jpg", "reason": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)"}
+    (left_out,) = json.loads((tmp_path / "images/left_out.json").read_text())
+    assert left_out == {"file": "train/cat/list.txt", "reason": "not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF)"}
     assert artifact.manifest.inputs == {}
     assert load_split(artifact, "test")[0].shape == (4, 3, 8, 8)
+
+
+def test_what_is_left_out_is_told_with_its_reason(tmp_path, caplog):
+    config = small_folder(tmp_path / "data")
+    for number in range(4):
+        (tmp_path / f"data/train/ant/{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with caplog.at_level(logging.WARNING, "diffstill"):
+        prepare(config, images=tmp_path / "images")
+    unread, left_out = caplog.messages
+    assert unread == (
+        "1 file could not be read (1 .jpg), such as 'train/cat/bad.jpg': not a readable image (JPEG, PNG, BMP, GIF, WEBP, TIFF); "
+        f"all are listed in {tmp_path / 'images/rejected.json'}"
+    )
+    assert left_out.startswith("5 files left out (4 .heic, 1 .txt), such as 'train/ant/0.heic': not a readable image (JPEG")
+    assert len(json.loads((tmp_path / "images/left_out.json").read_text())) == 5
+
+
+def test_all_bad_files_of_all_splits_are_listed_at_once(tmp_path):
+    config = small_folder(tmp_path / "data").model_copy(update={"shard_size": 2, "max_bad_fraction": 0.0})
+    wanted = {"train/cat/bad.jpg"}
+    for sub, name, number in (("train", "ant", 3), ("train", "cat", 9), ("val", "ant", 0), ("test", "cat", 1), ("test", "ant", 1)):
+        path = tmp_path / "data" / sub / name / f"{number}.png"
+        for label in ("ant", "cat"):
+            (path.parent.parent / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path.parent.parent / label / "sound.png")
+        path.write_text("no image")
+        wanted.add(f"{sub}/{name}/{number}.png")
+    with pytest.raises(
+        DiffstillError, match=r"data: 6 of 30 image files cannot be used, .*; and 1 more; all are listed in .*rejected.json\)"
+    ) as refusal:
+        prepare(config, images=tmp_path / "images")
+    listed = re.search(r"listed in (.*rejected.json)\)", str(refusal.value))[1]
+    assert {one["file"] for one in json.loads(Path(listed).read_text())} == wanted
+    assert not (tmp_path / "images").exists()
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):

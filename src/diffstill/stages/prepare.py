@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,32 +18,50 @@ from diffstill.errors import DiffstillError
 from diffstill.imagenet import title_of
 from diffstill.record import Record, ignore
 
+log = logging.getLogger("diffstill")
 REJECTED = "rejected"
+SHOWN = 3
+"""Files, and kinds of files, that a line in the log names."""
 
 
 def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, record: Record = ignore) -> dict[str, float]:
-    """Write the `images` artifact: shards of train, val and test, the class map and the list of rejected files.
+    """Write the `images` artifact: shards of train, val and test, the class map and the lists of rejected files and of those left out.
 
     The data lie in `data` where that is given, else where `config.location` says. Finished shards of a killed run are
     kept, as long as names, sizes and times of the files stay the same. Returns the number of images per split and of
-    rejected files. Raises `DiffstillError` on data that break a rule; an earlier artifact at `images` is left as it was then.
+    rejected files, and of files left out for they are no images. Raises `DiffstillError` on data that break a rule; an earlier artifact at `images` is left as it was then.
     """
     refuse_foreign(images, "images")
     dataset = load(config.model_copy(update={"location": str(data)}) if data else config, record)
     with WorkFolder("prepare", config.model_copy(update={"max_bad_fraction": 0.0}), {}, dataset.fingerprint) as work:
         rejected = _read_all(dataset, config, work, record)
+        listed = [{"file": dataset.names[row], "reason": rejected[row]} for row in sorted(rejected)]
+        _write_json(work.folder / "rejected.json", listed)
+        refuse_many_bad(dataset, rejected, config.max_bad_fraction, work.folder / "rejected.json")
         refuse_emptied(dataset, rejected)
         with new_artifact(images, "images", config, {}) as draft:
             for piece in dataset.pieces(config.shard_size):
                 work.place(piece.name, draft.folder)
             _refuse_blank(draft.folder)
             _write_json(draft.folder / "classes.json", [_described(name, label) for label, name in enumerate(dataset.classes)])
-            listed = [Rejected(dataset.names[row], rejected[row]) for row in sorted(rejected)]
-            _write_json(draft.folder / "rejected.json", [dataclasses.asdict(one) for one in listed])
+            _write_json(draft.folder / "rejected.json", listed)
+            _write_json(draft.folder / "left_out.json", [dataclasses.asdict(one) for one in dataset.left_out])
             draft.facts.update(_facts(dataset, rejected, config))
         work.clear()
+    _tell("could not be read", [Rejected(**one) for one in listed], images / "rejected.json")
+    _tell("left out", dataset.left_out, images / "left_out.json")
     counts = dataset.counts(rejected)
-    return {f"{split}_images": float(sum(own.values())) for split, own in counts.items()} | {"rejected": float(len(rejected))}
+    images_of = {f"{split}_images": float(sum(own.values())) for split, own in counts.items()}
+    return images_of | {"rejected": float(len(rejected)), "left_out": float(len(dataset.left_out))}
+
+
+def _tell(what: str, files: Sequence[Rejected], path: Path) -> None:
+    """No file is passed over in silence."""
+    if files:
+        kinds = Counter(Path(one.file).suffix or ("folder" if one.file.endswith("/") else "no suffix") for one in files).most_common(SHOWN)
+        counts = ", ".join(f"{count} {ascii(kind)[1:-1]}" for kind, count in kinds)
+        shown = "; ".join(f"{one.file!r}: {one.reason}" for one in files[:SHOWN])
+        log.warning("%d file%s %s (%s), such as %s; all are listed in %s", len(files), "s" * (len(files) > 1), what, counts, shown, path)
 
 
 def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record: Record) -> dict[int, str]:
@@ -51,8 +72,7 @@ def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record:
     for piece in left:
         noted.pop(piece.name, None)
     rejected = {int(row): reason for of_piece in noted.values() for row, reason in of_piece.items()}
-    refuse_many_bad(dataset, rejected, config.max_bad_fraction)
-    total = len(dataset.labels)
+    total, warned = len(dataset.labels), False
     done = total - sum(len(piece.rows) for piece in left)
     with (
         record.progress("prepare", total, "img", done) as progress,
@@ -62,7 +82,9 @@ def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record:
             work.append(REJECTED, {"piece": read.piece.name, "rejected": read.rejected})
             work.save(read.piece.name, {"pixels": read.pixels, "labels": read.labels})
             rejected |= read.rejected
-            refuse_many_bad(dataset, rejected, config.max_bad_fraction)
+            if read.rejected and len(rejected) > config.max_bad_fraction * total and not warned:
+                log.warning("%d image files cannot be used, too many already; reading on to list them all", len(rejected))
+                warned = True
     return rejected
 
 
@@ -92,7 +114,7 @@ def _facts(dataset: Dataset, rejected: dict[int, str], config: PrepareConfig) ->
         "counts": dataset.counts(rejected),
         "split": dataset.division,
         "rejected": len(rejected),
-        "ignored": dataset.ignored,
+        "left_out": len(dataset.left_out),
         **({"leakage": dataset.leakage} if dataset.leakage else {}),
     }
 
