@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from chains import Chain, contents, flip
 from diffstill.artifacts import Rows, open_artifact
@@ -445,6 +446,22 @@ def test_a_large_generator_is_previewed_some_classes_at_a_time(tiny_chain: Chain
     monkeypatch.setattr("diffstill.stages.finetune.SHOWN_CLASSES", 2)
     fewer = np.asarray(tuning(tiny_chain, batch_size=100)._sheet())
     assert np.abs(fewer.astype(int) - whole[: len(whole) * 2 // 3]).max() <= 1
+
+
+def test_previews_leave_room_for_the_compiled_blocks_of_a_step(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One frame for the scaled block and one for the plain one, each without and with gradients, whatever is left for the last batch."""
+    frames, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled(block, backend=frames))
+    monkeypatch.setattr("diffstill.stages.finetune.PREVIEW_STEPS", 1)
+    torch._dynamo.reset()
+    run = tuning(tiny_chain, compile=True, batch_size=9, steps=4)  # a preview has 12 images
+    assert len(run.opened.transformer.transformer_blocks) == 2
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            run._sheet()
+            run.step()
+    assert frames.frame_count == 2 * 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("rate", "told"), [(1e2, "the loss is .* after the last step, where noise"), (1e30, "not finite")])

@@ -308,15 +308,19 @@ class FineTuning:
         """A row per class, each image from the noise that `sample` gives it, without guidance."""
         rows, steps = min(SHOWN_CLASSES, self.data.classes), min(PREVIEW_STEPS, len(self.alphas_cumprod))
         slots = [(label, number) for label in range(rows) for number in range(SHOWN_IMAGES)]
-        batches = [slots[start : start + self.config.batch_size] for start in range(0, len(slots), self.config.batch_size)]
+        size = self.mine.stop - self.mine.start
+        # All batches have the size of a step's: of another one the blocks would be compiled anew, three times over in bf16
+        # (first, scaled and plain ones), and past dynamo's limit of 8 in all they are not compiled any more.
+        filled = slots + slots[:1] * (-len(slots) % size)
         with self.training.averaged():
-            drawn = torch.cat([self._draw_preview(batch, steps) for batch in batches])
+            latents = [self._draw_preview(filled[start : start + size], steps) for start in range(0, len(filled), size)]
+            drawn = self.opened.decode_all(torch.cat(latents)[: len(slots)])
         drawn = drawn.nan_to_num()  # of weights that have just diverged; the next loss tells
         return contact_sheet(to_pixels(drawn.float().cpu().numpy()).reshape(rows, SHOWN_IMAGES, *drawn.shape[1:]))
 
     def _draw_preview(self, slots: Sequence[tuple[int, int]], steps: int) -> Tensor:
         noise = [seeded(Purpose.IMAGE, self.seed, *slot) for slot in slots]
-        return self.opened.draw([label for label, _ in slots], noise, sampler="ddim", steps=steps, guidance=1.0)
+        return self.opened.draw_latents([label for label, _ in slots], noise, sampler="ddim", steps=steps, guidance=1.0)
 
     def _refuse_divergence(self) -> None:
         finite = self.history.isfinite().all(dim=1)
