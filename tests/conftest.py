@@ -30,6 +30,13 @@ def _own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint and preview that is due is made, whatever share of the time that takes of tiny steps."""
+    monkeypatch.setattr("diffstill.training.CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("diffstill.stages.finetune.PREVIEW_SHARE", 1e9)
+
+
 @pytest.fixture(scope="session")
 def tiny_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The whole chain of preset tiny, run once per test process: tests that use it belong to the group `chain`."""

@@ -1,15 +1,18 @@
 """Training loops: draws that are pure functions, an average that agrees with its recursion, checkpoints that change nothing."""
 
+from threading import Event
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffstill import training as training_module
 from diffstill.artifacts import WorkFolder
 from diffstill.config import SampleConfig
 from diffstill.draws import Purpose, seeded, shuffled
-from diffstill.training import Training, balanced_indices, batch_indices, ema_decay, pack, unpack
+from diffstill.training import Checkpoints, TimeShare, Training, balanced_indices, batch_indices, ema_decay, pack, unpack
 
 # --- draws --------------------------------------------------------------------------------------------------------
 
@@ -145,6 +148,91 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bytes():
         resumed.advance(loss_at(step))
     assert resumed.done == 10
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed.weights + resumed.average, straight.weights + straight.average, strict=True))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_work_on_the_side_takes_its_share_of_the_time(monkeypatch):
+    """Whatever it takes: cheap or dear, the sum never passes the share, and there is no more waiting than that."""
+    clock = Clock()
+    monkeypatch.setattr(training_module, "monotonic", clock)
+    for cost in (0.0, 0.3, 7.0):
+        share, started = TimeShare(0.02), clock.now
+        assert share.left  # what it costs is not known yet
+        times = 0
+        for _ in range(5000):
+            clock.now += 1.0
+            if share.left:
+                with share.taken():
+                    clock.now += cost
+                times += 1
+        passed = clock.now - started
+        assert share.spent == pytest.approx(times * cost)
+        assert times == 5000 if not cost else passed * 0.02 - 2 * cost < share.spent <= passed * 0.02
+
+
+class SlowDisk(WorkFolder):
+    """Keeps nothing before it is told to, and what it kept in a list."""
+
+    def __init__(self):
+        super().__init__("pretrain", SampleConfig(), {})
+        self.ready, self.kept, self.error = Event(), [], None
+
+    def save(self, name, arrays):
+        assert self.ready.wait(30), "the steps wait for the disk"
+        if self.error:
+            raise self.error
+        self.kept.append((name, {key: array.copy() for key, array in arrays.items()}))
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(monkeypatch):
+    weights, loss_at = problem()
+    training, disk, states = Training(weights, 1e-2, 0.99), SlowDisk(), {}
+    with Checkpoints(disk, "vae") as checkpoints:
+        for step in range(6):
+            training.advance(loss_at(step))
+            states[step] = {key: array.copy() for key, array in pack(training.state()).items()}
+            if step == 2:
+                checkpoints.offer(lambda: pack(training.state()), last=False)
+        assert disk.kept == []
+        disk.ready.set()
+        checkpoints.offer(lambda: pack(training.state()), last=True)
+    assert [name for name, _ in disk.kept] == ["vae", "vae"]
+    for (_, kept), step in zip(disk.kept, (2, 5), strict=True):
+        assert kept.keys() == states[step].keys()
+        assert all(np.array_equal(kept[key], states[step][key]) for key in kept)
+
+
+def test_a_checkpoint_that_costs_more_than_its_share_is_left_out_but_for_the_last(monkeypatch):
+    clock, disk = Clock(), SlowDisk()
+    disk.ready.set()
+    monkeypatch.setattr(training_module, "monotonic", clock)
+
+    def state():
+        clock.now += 1.0
+        return {"at": np.array(clock.now)}
+
+    with Checkpoints(disk, "vae") as checkpoints:
+        for step in range(1, 201):
+            clock.now += 1.0
+            checkpoints.offer(state, last=step == 200)
+    taken = [float(arrays["at"]) for _, arrays in disk.kept]
+    assert taken == [2.0, 101.0, 151.0, 201.0, 205.0]  # at once, then n of them not before 50 n seconds, and the last
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training():
+    disk = SlowDisk()
+    disk.ready.set()
+    disk.error = OSError("no space left on device")
+    with pytest.raises(OSError, match="no space left"), Checkpoints(disk, "vae") as checkpoints:
+        checkpoints.offer(dict, last=True)
+    with Checkpoints(None, "vae") as checkpoints:
+        checkpoints.offer(lambda: pytest.fail("a rank without a folder copies nothing"), last=True)
 
 
 def test_unpack_is_the_inverse_of_pack():

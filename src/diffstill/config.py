@@ -173,7 +173,7 @@ class PretrainConfig(Section):
     dit: DitConfig = Field(DitConfig(), description="the diffusion transformer (source: scratch)")
     seed: Seed = Field(0, description="seed of weights and draws")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
-    checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
+    checkpoint_every: Count = Field(500, description="at least so many steps between checkpoints from which a killed run goes on")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -237,13 +237,13 @@ class FinetuneConfig(Section):
     ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, warmed up as (1 + step) / (10 + step)")
     log_every: Count = Field(5, description="steps between lines of metrics.csv")
     preview_every: Annotated[int, Field(ge=0)] = Field(
-        50, description="steps between pictures of what the averaged weights draw, for the tracker; 0 = none; changes no weight"
+        50, description="at least so many steps between pictures of what the averaged weights draw, for the tracker; 0 = none"
     )
     precision: Precision = Field("float32", description="what the transformer computes in; bf16 suits GPUs, weights in training stay float32")
     compile: bool = Field(False, description="compile the transformer's blocks (TorchInductor): half a minute at first, then faster on a GPU")
     gradient_checkpointing: bool = Field(False, description="compute activations twice rather than keep them: slower, less memory")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
-    checkpoint_every: Count = Field(500, description="steps between checkpoints from which a killed run goes on")
+    checkpoint_every: Count = Field(500, description="at least so many steps between checkpoints from which a killed run goes on")
 
 
 class SampleConfig(Section):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from time import monotonic
+from typing import Self
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from diffstill.artifacts import Array
+from diffstill.artifacts import Array, WorkFolder
 from diffstill.draws import Purpose, shuffled
+
+CHECKPOINT_SHARE = 0.02
+"""Of the time of a training, at most so much is spent on waiting for checkpoints."""
 
 
 def set_threads(threads: int, device: str = "cpu") -> None:
@@ -115,6 +121,58 @@ class Training:
         self.done = int(unpack(saved, "training")["done"])
 
 
+class TimeShare:
+    """Lets work on the side take at most `share` of the time since this was made."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.started = share, monotonic()
+        self.spent = self.last = 0.0
+
+    @property
+    def left(self) -> bool:
+        """Whether there is time for as much again as the last time."""
+        return self.spent + self.last <= self.share * (monotonic() - self.started)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Count the time of a block."""
+        before = monotonic()
+        try:
+            yield
+        finally:
+            self.last = monotonic() - before
+            self.spent += self.last
+
+
+class Checkpoints:
+    """Keeps the state of a training as `name` in `work`, written by a thread while the steps go on; nowhere without `work`.
+
+    A `with` block: what was begun is written when it ends. How often depends on the time it takes, so nothing that is
+    kept may depend on that.
+    """
+
+    def __init__(self, work: WorkFolder | None, name: str) -> None:
+        self.work, self.name, self.time = work, name, TimeShare(CHECKPOINT_SHARE)
+        self._writer, self._pending = ThreadPoolExecutor(1), Future[None]()
+        self._pending.set_result(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._writer.shutdown()
+        if error is None:
+            self._pending.result()
+
+    def offer(self, state: Callable[[], Mapping[str, Array]], *, last: bool) -> None:
+        """Keep `state`, a copy, if there is time left for another, and at any rate if it is the last. Raises what the writer met."""
+        if self.work is None or not (last or self.time.left):
+            return
+        with self.time.taken():  # as far as the steps wait for it
+            self._pending.result()
+            self._pending = self._writer.submit(self.work.save, self.name, state())
+
+
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step counts by `<parameter number>.<name>`."""
     state = optimizer.state_dict()["state"]
@@ -130,8 +188,9 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str
 
 
 def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Array]:
-    """Groups of named tensors as one flat mapping of arrays, `<group>/<name>`; inverse: `unpack`."""
-    return {f"{group}/{name}": tensor.detach().cpu().numpy() for group, tensors in groups.items() for name, tensor in tensors.items()}
+    """A copy of groups of named tensors as one flat mapping of arrays, `<group>/<name>`; inverse: `unpack`."""
+    named = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in named.items()}
 
 
 def unpack(arrays: Mapping[str, Array], group: str) -> dict[str, Tensor]:

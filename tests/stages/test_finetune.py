@@ -32,6 +32,8 @@ from diffstill.stages.sample import sample
 from original_dit import random_checkpoint
 from slow_memory import SlowMemory
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 
 def settings_of(chain: Chain, **changes: Any) -> FinetuneConfig:
     values = chain.params.model_dump(mode="json")
@@ -389,6 +391,52 @@ def test_previews_change_no_weight(tiny_chain: Chain, tmp_path: Path) -> None:
             assert np.array_equal(picture, looked_at.shown[at])
     pictures = [picture.tobytes() for picture in looked_at.shown.values()]
     assert len(set(pictures)) == len(pictures)
+
+
+class Clock:
+    """Seconds that pass where the test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(Gallery):
+    """A record for which a step takes 10 s and a preview 1 s."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def update(self, n: int = 1) -> None:
+        self.clock.now += 10
+
+    def image(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
+        self.shown[name, step] = np.zeros(0)
+        self.clock.now += 1
+
+
+def test_previews_take_two_percent_of_the_time(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 s a step they are due at each, but n + 1 of them may be shown no earlier than after 50 (n + 1) s; but for the last."""
+    clock = Clock()
+    monkeypatch.setattr("diffstill.training.monotonic", clock)
+    monkeypatch.setattr("diffstill.stages.finetune.PREVIEW_SHARE", 0.02)
+    record = Slow(clock)
+    config = settings_of(tiny_chain, preview_every=1, steps=22, batch_size=2)
+    finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "out", record=record)
+    assert [step for _, step in record.shown] == [0, 10, 15, 20, 22]
+
+
+def test_how_fast_the_machine_is_changes_no_byte(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings_of(tiny_chain, preview_every=1, checkpoint_every=1, steps=4, batch_size=4)
+    finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "fast", record=Gallery())
+    monkeypatch.setattr("diffstill.training.CHECKPOINT_SHARE", 0.0)
+    monkeypatch.setattr("diffstill.stages.finetune.PREVIEW_SHARE", 0.0)
+    record = Gallery()
+    finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "slow", record=record)
+    assert [step for _, step in record.shown] == [0, 4]
+    assert contents(tmp_path / "slow") == contents(tmp_path / "fast")
 
 
 def test_previews_are_switched_off_by_zero(tiny_chain: Chain, tmp_path: Path) -> None:

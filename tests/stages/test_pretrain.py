@@ -22,6 +22,8 @@ from diffstill.stages import pretrain as pretrain_stage
 from diffstill.stages.pretrain import pretrain
 from original_dit import random_checkpoint
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 
 def settings_of(chain: Chain, **changes: Any) -> PretrainConfig:
     values = chain.params.model_dump(mode="json")

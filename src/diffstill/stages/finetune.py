@@ -33,13 +33,15 @@ from diffstill.networks import NONSENSE, Generator, choose_trainable, moved_labe
 from diffstill.pictures import contact_sheet
 from diffstill.ranks import Ranks, joined
 from diffstill.record import Record, ignore
-from diffstill.training import Training, balanced_indices, batch_indices, free_memory, pack, sent, set_threads, unpack
+from diffstill.training import Checkpoints, TimeShare, Training, balanced_indices, batch_indices, free_memory, pack, sent, set_threads, unpack
 
 METRICS = ("loss", "loss_real", "loss_gen", "memory_real", "memory_gen")
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 4
 """Rows and columns of a preview."""
 PREVIEW_STEPS = 10
 """Sampling steps of a preview: enough to see what the weights have learned, and soon done."""
+PREVIEW_SHARE = 0.02
+"""Of the time of a fine-tune, previews between the first and the last take at most so much."""
 RESIDENT = 0.5
 """Share of the device's free memory that latents may take there."""
 ALONE = Ranks(0, 1, "cpu")
@@ -278,31 +280,38 @@ class FineTuning:
 
     def train(self, work: WorkFolder | None, record: Record) -> None:
         """Step until the end, from the last checkpoint if there is one; only the main rank has a folder for them."""
-        name = f"seed-{self.seed}"
+        name, previews = f"seed-{self.seed}", TimeShare(PREVIEW_SHARE)
         saved = self.ranks.share(work.load(name) if work else None)
         if saved is not None:
             self._load(saved)
         else:
-            self._preview(record)
-        with record.progress(f"finetune {name}", self.steps * self.config.batch_size, "img", self.training.done * self.config.batch_size) as bar:
+            self._preview(record, previews)
+        size, done = self.config.batch_size, self.training.done
+        with record.progress(f"finetune {name}", self.steps * size, "img", done * size) as bar, Checkpoints(work, name) as kept:
             while self.training.done < self.steps:
                 self.step()
-                bar.update(self.config.batch_size)
-                self._preview(record)
-                if self.training.done % self.config.checkpoint_every == 0 or self.training.done == self.steps:
+                bar.update(size)
+                self._preview(record, previews)
+                last = self.training.done == self.steps
+                if self.training.done % self.config.checkpoint_every == 0 or last:
                     self._refuse_divergence()
-                    if work:
-                        work.save(name, self._state())
+                    kept.offer(self._state, last=last)
         self._refuse_nonsense()
         for step, values in self._rows():
             record.metrics({f"{name}/{metric}": value for metric, value in values.items()}, step)
 
-    def _preview(self, record: Record) -> None:
-        """Show what the averaged weights draw, where that is due: before the first step, every so often, after the last."""
+    def _preview(self, record: Record, time: TimeShare) -> None:
+        """Show what the averaged weights draw: before the first step, after the last, and every so often while there is time.
+
+        No artifact may depend on it: how many there are does on how fast the machine is.
+        """
         every, done = self.config.preview_every, self.training.done
-        if every and self.ranks.main and (done % every == 0 or done == self.steps):
-            self._refuse_divergence()
-            record.image(f"seed-{self.seed}/preview", self._sheet, done)
+        if not every or not self.ranks.main:
+            return
+        if done in (0, self.steps) or (done % every == 0 and time.left):
+            self._refuse_divergence()  # and waits for the steps so far, which are not the preview's
+            with time.taken():
+                record.image(f"seed-{self.seed}/preview", self._sheet, done)
 
     def _sheet(self) -> Image:
         """A row per class, each image from the noise that `sample` gives it, without guidance."""

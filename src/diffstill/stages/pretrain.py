@@ -51,7 +51,7 @@ from diffstill.networks import (
 from diffstill.pictures import contact_sheet, save_png
 from diffstill.pretrained import class_map, known_licence, label_names, map_classes, read_checkpoint, weights_digest
 from diffstill.record import Record, ignore
-from diffstill.training import Training, batch_indices, pack, set_threads
+from diffstill.training import Checkpoints, Training, batch_indices, pack, set_threads
 
 log = logging.getLogger("diffstill")
 LOG_EVERY = 50  # steps
@@ -233,16 +233,17 @@ def _run(name: str, training: Training, config: VaeConfig | DitConfig, loss_at: 
     saved = work.load(name)
     if saved is not None:
         training.load(saved)
-    with record.progress(f"pretrain {name}", config.steps * config.batch_size, "img", training.done * config.batch_size) as bar:
+    total, done = config.steps * config.batch_size, training.done * config.batch_size
+    with record.progress(f"pretrain {name}", total, "img", done) as bar, Checkpoints(work, name) as kept:
         while training.done < config.steps:
             loss = loss_at(training.done)
             training.advance(loss, config.learning_rate * (1 + math.cos(math.pi * training.done / config.steps)) / 2)
             bar.update(config.batch_size)
-            if training.done % LOG_EVERY == 0 or training.done == config.steps:
-                last = training.done == config.steps
+            last = training.done == config.steps
+            if training.done % LOG_EVERY == 0 or last:
                 record.metrics({f"{name}_loss": _sound(loss.item(), name, training.done, last=last)}, training.done)
-            if training.done % every == 0 or training.done == config.steps:
-                work.save(name, pack(training.state()))
+            if training.done % every == 0 or last:
+                kept.offer(lambda: pack(training.state()), last=last)
     training.adopt_average()
     for weight in training.weights:
         fix = f"training diverged; lower `pretrain.{name}.learning_rate`"
