@@ -66,7 +66,7 @@ def order(infra: InfraConfig, nodes: TrainJobConfig, image: str) -> Order:
             **({"activeDeadlineSeconds": 60 * resources.timeout_minutes} if resources.timeout_minutes else {}),
         },
     }
-    return Order(job=job, shared=SHARED if nodes.claim else None, keep_failed=nodes.keep_failed)
+    return Order(job=job, shared=SHARED if nodes.claim else None, keep_failed=nodes.keep_failed, gpus=nodes.nodes * resources.gpus)
 
 
 def _amounts(resources: Resources) -> dict[str, dict[str, str]]:

@@ -3,12 +3,15 @@
 import json
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chains import contents
+from diffstill import task
+from diffstill.artifacts import open_artifact
 from diffstill.config import preset
 from diffstill.task import run_preflight, run_task
 
@@ -19,6 +22,7 @@ class Handed:
 
     path: str
     logged: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def log_metric(self, metric: str, value: float) -> None:
         self.logged[metric] = value
@@ -81,6 +85,56 @@ def test_the_report_comes_with_a_page_and_a_table(tiny_chain, tmp_path):
     run_task("report", tiny_chain.params.report.canonical(), **given, scores=scores, **handed(tmp_path, "report", "page", "summary", "metrics"))
     assert (tmp_path / "page").read_bytes() == (tmp_path / "report" / "report.html").read_bytes()
     assert "| source" in (tmp_path / "summary").read_text()
+    assert contents(tmp_path / "report") == contents(tiny_chain.artifacts / "report")
+
+
+def test_an_artifact_tells_the_pages_what_it_is(tiny_chain, tmp_path):
+    """Kind, digest, counts, images per class and the data at the beginning, without opening it."""
+    out = handed(tmp_path, "images", "metrics", "distilled")
+    run_task("prepare", tiny_chain.params.prepare.canonical(), images=out["images"], metrics=out["metrics"])
+    made = open_artifact(tmp_path / "images", "images")
+    counts = {f"{split}_images": sum(found.values()) for split, found in made.facts["counts"].items()}
+    assert out["images"].metadata == {
+        "kind": "images", "digest": made.digest, "source": "digits", "side": 8, "channels": 1, "classes": 3, **counts, "data_source": "digits",
+    }  # fmt: skip
+    given = handed(tiny_chain.artifacts, "generator", "denoiser")
+    run_task("sample", tiny_chain.params.sample.canonical(), distilled=out["distilled"], metrics=out["metrics"], **given)
+    shown = out["distilled"].metadata
+    assert (shown["kind"], shown["source"], shown["images_per_class"], shown["seeds"]) == ("distilled", "distilled", 2, 2)
+    assert (shown["digest"], shown["data_source"]) == (open_artifact(tiny_chain.artifacts / "distilled", "distilled").digest, "digits")
+    assert "gpu_hours" not in shown, "no GPU was there"
+
+
+def test_the_revision_of_data_in_dvc_is_shown_with_all_that_descends_from_them(tiny_chain):
+    made = open_artifact(tiny_chain.artifacts / "images", "images")
+    location = f"dvc+https://example.org/data.git?rev={'a' * 40}&path=images&md5={'b' * 32}.dir"
+    config = made.manifest.config | {"source": "folder", "location": location}
+    shown = task._described(replace(made, manifest=made.manifest.model_copy(update={"config": config})))
+    assert (shown["data_revision"], shown["data_md5"]) == ("a" * 40, f"{'b' * 32}.dir")
+
+
+def test_hours_of_gpus_are_told_by_task_and_change_no_byte(tiny_chain, tmp_path, monkeypatch):
+    """They travel beside the artifacts; of the same task, through two inputs, they count once."""
+    monkeypatch.setattr(task, "gpus_held", lambda device: 4)
+    out = handed(tmp_path, "distilled", "metrics")
+    generator, denoiser = handed(tiny_chain.artifacts, "generator", "denoiser").values()
+    generator.metadata["gpu_hours"] = json.dumps({"pretrain": 2.0})
+    denoiser.metadata["gpu_hours"] = json.dumps({"pretrain": 2.0, "encode 0/2": 0.5, "finetune": 3.25})
+    run_task("sample", tiny_chain.params.sample.canonical(), **out, generator=generator, denoiser=denoiser, shard="0/1")
+    spent = json.loads(out["distilled"].metadata["gpu_hours"])
+    assert spent == {"pretrain": 2.0, "encode 0/2": 0.5, "finetune": 3.25, "sample 0/1": out["metrics"].logged["gpu_hours"]}
+    assert 0 < spent["sample 0/1"] < 1
+    assert "gpu_hours" not in json.loads((tmp_path / "metrics").read_text())
+
+    monkeypatch.undo()
+    given = handed(tiny_chain.artifacts, "images", "denoiser", "distilled", "untuned")
+    given["distilled"].metadata, given["denoiser"].metadata = out["distilled"].metadata, denoiser.metadata
+    scores = [Handed(str(path)) for path in sorted((tiny_chain.artifacts / "scores").iterdir())]
+    pages = handed(tmp_path, "report", "summary", "metrics")
+    run_task("report", tiny_chain.params.report.canonical(), **given, scores=scores, **pages)
+    said = (tmp_path / "summary").read_text()
+    assert "| pretrain | 2.00 |" in said
+    assert re.search(r"^Hours of GPUs: 5\.7[5-9]$", said, re.MULTILINE)
     assert contents(tmp_path / "report") == contents(tiny_chain.artifacts / "report")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -202,6 +203,15 @@ def test_artifacts_reach_nodes_by_a_volume_that_is_left_clean(cluster, work, sha
     assert open_artifact(tmp_path / "denoiser", "denoiser").digest == open_artifact(tiny_chain.artifacts / "denoiser", "denoiser").digest
     assert set(measured) == {"loss", "loss_real", "loss_gen", "memory_real", "memory_gen"}
     assert not (shared / name_of(work)).exists()
+
+
+def test_hours_of_gpus_are_those_of_all_nodes_once_they_run(cluster, work, shared, monkeypatch):
+    """A TrainJob may wait in a queue for days, on nobody's GPU."""
+    clock = SimpleNamespace(monotonic=lambda: 3600.0 * cluster.polls, sleep=lambda _: None)
+    monkeypatch.setattr(trainjob, "time", clock)  # an hour from look to look
+    cluster.script = [Scene(("Pending", "Pending"))] * 3 + [Scene(), Scene(), DONE]
+    measured = run(work, ordered(shared).model_copy(update={"gpus": 16}))
+    assert measured["gpu_hours"] == 2 * 16
 
 
 def test_nodes_that_leave_nothing_are_no_success(cluster, work, tmp_path):

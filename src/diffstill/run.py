@@ -178,6 +178,8 @@ def run_stage(
         started = time.monotonic()
         metrics: dict[str, float] = function(config, **paths, record=Listener(run), **options)
         costs = {"seconds": time.monotonic() - started, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if gpus := gpus_held(device) * stage.on_device:
+            costs["gpu_hours"] = gpus * costs["seconds"] / 3600
         if run:
             run.metrics({**metrics, **costs}, 0)
             if stage.output == "images":
@@ -189,6 +191,16 @@ def run_stage(
             shutil.rmtree(paths[stage.output])
     _log_costs(step, metrics, costs)
     return metrics
+
+
+def gpus_held(device: str) -> int:
+    """The GPUs that nobody else can use meanwhile: those of all ranks, all of this machine, or the one that is named."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    ranks = rank_here()[1]
+    return ranks if ranks > 1 else 1 if ":" in device else torch.cuda.device_count()
 
 
 def _is_main(name: str, stage: Stage) -> bool:

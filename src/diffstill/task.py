@@ -11,15 +11,18 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from diffstill.artifacts import Artifact, read_manifest
 from diffstill.config import Params, read_json
 from diffstill.doctor import Needs, preflight
 from diffstill.errors import DiffstillError
 from diffstill.launch import Work, device_here, launch, one_message, ranks_here
-from diffstill.run import STAGES, run_stage
+from diffstill.lineage import Lineage
+from diffstill.run import STAGES, gpus_held, run_stage
 from diffstill.summary import markdown
 from diffstill.tracking import open_chain
 from diffstill.trainjob import Order, train
@@ -27,13 +30,14 @@ from diffstill.trainjob import Order, train
 log = logging.getLogger("diffstill")
 
 
-class Artifact(Protocol):
+class Handed(Protocol):
     """A file or folder that Kubeflow has brought here, or will fetch from here."""
 
     path: str
+    metadata: dict[str, Any]
 
 
-class Metrics(Artifact, Protocol):
+class Metrics(Handed, Protocol):
     """Numbers that Kubeflow shows beside the task, and a file for them."""
 
     def log_metric(self, metric: str, value: float) -> None:
@@ -41,7 +45,7 @@ class Metrics(Artifact, Protocol):
         ...
 
 
-Given = Artifact | Sequence[Artifact] | str | None
+Given = Handed | Sequence[Handed] | str | None
 
 
 def run_task(
@@ -51,9 +55,9 @@ def run_task(
     metrics: Metrics,
     step: str = "",
     data_version: str = "",
-    sheet: Artifact | None = None,
-    page: Artifact | None = None,
-    summary: Artifact | None = None,
+    sheet: Handed | None = None,
+    page: Handed | None = None,
+    summary: Handed | None = None,
     **given: Given,
 ) -> None:
     """Run a stage with its section of the parameters as JSON, and its artifacts and options by the names of its signature.
@@ -68,20 +72,27 @@ def run_task(
             log.info("data version %s", data_version)
         options: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, str) and value}
         paths: dict[str, Any] = {name: _path(value) for name, value in given.items() if value and not isinstance(value, str)}
-        measured = _measured(stage, config, step or stage, paths, options, given)
+        began, device = time.monotonic(), device_here() if STAGES[stage].on_device else "cpu"
+        measured = _measured(stage, config, step or stage, device, paths, options, given)
+        hours = measured.pop("gpu_hours", gpus_held(device) * (time.monotonic() - began) / 3600)
         _write(metrics, json.dumps(measured))
-        for name, value in measured.items():
+        for name, value in {**measured, **({"gpu_hours": hours} if hours else {})}.items():
             metrics.log_metric(name, value)
-        made = paths[STAGES[stage].output]
+        output, made = STAGES[stage].output, paths[STAGES[stage].output]
+        handed: Any = given[output]
+        spent = _spent(given) | ({" ".join([step or stage, options.get("shard", "")]).strip(): hours} if hours else {})
+        handed.metadata.update(_described(read_manifest(made, output)) | ({"gpu_hours": json.dumps(spent)} if spent else {}))
         if sheet:
             _write(sheet, _pictures(sorted(made.glob("seed-*.png"))))
         if page:
             shutil.copyfile(made / "report.html", page.path)
         if summary:
-            _write(summary, _card(made) if stage == "publish" else markdown(made))
+            _write(summary, _card(made) if stage == "publish" else markdown(made) + _bill(spent))
 
 
-def _measured(stage: str, config: str, step: str, paths: Mapping[str, Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, float]:
+def _measured(
+    stage: str, config: str, step: str, device: str, paths: Mapping[str, Any], options: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, float]:
     """Run the stage in this process, or, if it can, in one per GPU, or on the nodes of a TrainJob."""
     section = read_json(config, type(Params.model_fields[stage].default))
     if STAGES[stage].in_ranks:
@@ -90,7 +101,30 @@ def _measured(stage: str, config: str, step: str, paths: Mapping[str, Any], opti
             return train(work, read_json(order, Order), STAGES[stage].output, {name: given[name].uri for name in paths})
         if (ranks := ranks_here()) > 1:
             return launch(work, ranks)
-    return run_stage(stage, section, paths, step=step, device=device_here() if STAGES[stage].on_device else "cpu", **options)
+    return run_stage(stage, section, paths, step=step, device=device, **options)
+
+
+def _described(made: Artifact) -> dict[str, Any]:
+    """What Kubeflow's pages show of an artifact: what it is, how much of it there is, and the data that it descends from."""
+    facts, data = made.facts, Lineage.of(made).data()
+    told = {name: facts[name] for name in ("side", "channels", "images_per_class", "source") if name in facts}
+    counted = {name: len(facts[name]) for name in ("classes", "seeds", "students") if name in facts}
+    images = {f"{split}_images": count if isinstance(count, int) else sum(count.values()) for split, count in facts.get("counts", {}).items()}
+    origin = {f"data_{name}": value for name, value in data.items()}
+    return {"kind": made.manifest.kind, "digest": made.digest, **told, **counted, **images, **origin}
+
+
+def _spent(given: Mapping[str, Any]) -> dict[str, float]:
+    """Hours of GPUs by task, of all that the inputs have come from. They travel beside the artifacts, whose bytes know no time."""
+    listed = [value if isinstance(value, Sequence) else [value] for value in given.values() if value]
+    inputs = [one for values in listed for one in values if not isinstance(one, str)]
+    return {task: hours for one in inputs for task, hours in json.loads(one.metadata.get("gpu_hours", "{}")).items()}
+
+
+def _bill(spent: Mapping[str, float]) -> str:
+    """The hours as a table in Markdown; nothing where no GPU was there."""
+    rows = "".join(f"| {task} | {hours:.2f} |\n" for task, hours in sorted(spent.items()))
+    return f"\nHours of GPUs: {sum(spent.values()):.2f}\n\n| task | GPU hours |\n|---|---:|\n{rows}" if spent else ""
 
 
 def _refuse_macro(data_version: str) -> None:
@@ -113,7 +147,7 @@ def _path(value: Any) -> Path | list[Path]:
     return [Path(one.path) for one in value] if isinstance(value, Sequence) else Path(value.path)
 
 
-def _write(artifact: Artifact, text: str) -> None:
+def _write(artifact: Handed, text: str) -> None:
     Path(artifact.path).write_text(text, encoding="utf-8")
 
 

@@ -80,10 +80,12 @@ class Order(BaseModel):
     job: dict[str, Any]
     shared: str | None = None
     keep_failed: bool = False
+    gpus: int = 0
+    """Of all nodes."""
 
 
 def train(work: Work, order: Order, output: Kind, uris: Mapping[str, str]) -> dict[str, float]:
-    """Do `work`, whose paths are folders here, on the nodes of a TrainJob; `output` names the artifact that it makes. Returns its last metrics.
+    """Do `work`, whose paths are folders here, on the nodes of a TrainJob; `output` names the artifact that it makes. Returns its last metrics, and `gpu_hours`.
 
     `uris` are the same artifacts in Kubeflow's store. A killed pod that is started again goes on with the TrainJob that it finds.
     Raises `DiffstillError` if the TrainJob fails, cannot be made or watched; it is deleted then, as when this process is told to end.
@@ -99,6 +101,8 @@ def train(work: Work, order: Order, output: Kind, uris: Mapping[str, str]) -> di
     found = bring(places[output], output, Listener()) if "://" in places[output] else open_artifact(Path(places[output]), output).folder
     shutil.copytree(found, made, dirs_exist_ok=True)
     measured = _last_metrics(made, output)
+    if gpus := order.gpus:
+        measured["gpu_hours"] = gpus * job.seconds / 3600
     if order.shared:
         shutil.rmtree(Path(order.shared) / name)
     return measured
@@ -181,6 +185,8 @@ class _Job:
     manifest: Mapping[str, Any]
     _heard: dict[str, int] = field(default_factory=dict)
     """Lines that were printed, by pod: after a preemption there is another."""
+    seconds: float = 0.0
+    """That its nodes ran, not counting a queue before them."""
 
     @cached_property
     def client(self) -> TrainerClient:
@@ -211,10 +217,13 @@ class _Job:
 
     def follow(self) -> None:
         """Print what the main rank says until all is done. Raises `TrainJobError` with the reason if it fails."""
-        before = ""
+        before, running = "", 0.0
         while True:
             now: TrainJob = _asked(lambda: self.client.get_job(self.name))
             nodes = ", ".join(f"{step.name} {step.status}" for step in now.steps)
+            if running or any(step.status == "Running" for step in now.steps):
+                running = running or time.monotonic()
+                self.seconds = time.monotonic() - running
             if nodes != before:
                 log.info("TrainJob %s: %s", now.status.lower(), before := nodes)
             self._print_news(now)

@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffstill.cli import main
+from pipelines.connection import OLDEST
 from pipelines.readme import readmes
 from pipelines.settings import load_settings
 
@@ -17,6 +19,21 @@ TEXTS = readmes(load_settings(ROOT / "pipelines" / "settings.yaml").infra)
 @pytest.mark.parametrize("path", TEXTS, ids=[path.parent.name for path in TEXTS])
 def test_the_committed_readme_is_up_to_date(path):
     assert path.read_text() == TEXTS[path], "renew it: python -m pipelines readme"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[path.parent.name for path in TEXTS])
+def test_its_metadata_are_as_the_catalogue_of_components_asks(path):
+    """Source of the convention: kubeflow/pipelines-components, scripts/validate_metadata/metadata_schema.json."""
+    found = yaml.safe_load(path.with_name("metadata.yaml").read_text())
+    assert set(found) == {"name", "stability", "dependencies", "tags", "lastVerified"}
+    assert found["name"] == path.parent.name
+    assert found["stability"] in ("alpha", "beta", "stable")
+    assert set(found["dependencies"]) <= {"kubeflow", "external_services"}
+    needed = [one for each in found["dependencies"].values() for one in each]
+    assert all(re.fullmatch(r"(==|>=|<=|~=)?\d+\.\d+\.\d+", one["version"]) for one in needed)
+    assert {"name": "Pipelines", "version": ">={}.{}.0".format(*OLDEST)} in found["dependencies"]["kubeflow"]
+    assert all(isinstance(tag, str) for tag in found["tags"])
+    assert found["lastVerified"].tzinfo, "a time that everybody reads alike"
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[path.parent.name for path in TEXTS])
