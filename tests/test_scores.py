@@ -340,6 +340,9 @@ def test_other_sizes_sources_and_students_are_no_baseline():
     both = [one | {"student": student} for student in (STUDENT, OTHER) for one in ours]
     real = [a_line("random", 1, seed, 0, 0.1 + seed / 100) for seed in (0, 1)]
     assert validations(runs_of([*both, *real])) == [], "one student of two was not judged on real images"
+    real += [a_line("random", 1, 1, 0, 0.1, student=OTHER)]
+    assert validations(runs_of([*both, *real])) == [], "one student of two was judged on one draw of two"
+    assert validations(runs_of([*both, *real, a_line("random", 1, 0, 0, 0.1, student=OTHER)])) != []
 
 
 # --- before any verdict -------------------------------------------------------------------------------------------

@@ -321,16 +321,17 @@ def _validation(runs: Sequence[Run], size: int) -> Validation | None:
     of_size = [run for run in runs if run.images_per_class == size]
     own = {source: [run for run in of_size if run.source == source] for source in ("distilled", *REAL)}
     ours = seed_means(own["distilled"], "accuracy_val")
-    alike = [source for source in REAL if _judges(own[source]) == _judges(own["distilled"])]
-    rivals = {source: means for source in alike if (means := seed_means(own[source], "accuracy_val"))}
-    if not ours or not rivals:
+    judges = {(run.student, run.student_seed) for run in own["distilled"]}
+    rivals = {source: means for source in REAL if _all_judged(own[source], judges) and (means := seed_means(own[source], "accuracy_val"))}
+    if not ours or not rivals or not _all_judged(own["distilled"], judges):
         return None
     best = max(rivals, key=lambda source: summary(list(rivals[source].values())).mean)
     return Validation(size, tuple(ours.values()), best, gain(list(ours.values()), list(rivals[best].values())))
 
 
-def _judges(runs: Sequence[Run]) -> set[tuple[str, int]]:
-    return {(run.student, run.student_seed) for run in runs}
+def _all_judged(runs: Sequence[Run], judges: set[tuple[str, int]]) -> bool:
+    """Whether these students with these seeds, and no others, judged every generation seed: a mean over unlike ones would be one of students."""
+    return all({(run.student, run.student_seed) for run in own} == judges for own in by_seed(runs).values())
 
 
 @dataclass(frozen=True)
