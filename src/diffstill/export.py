@@ -21,7 +21,7 @@ from typing import Any, Literal
 from diffstill.artifacts import refuse_overlap
 from diffstill.errors import DiffstillError
 from diffstill.loading import DistilledSet
-from diffstill.names import flaw
+from diffstill.names import OURS
 from diffstill.record import Progress, Record, ignore
 
 Format = Literal["imagefolder", "parquet", "webdataset", "huggingface"]
@@ -126,10 +126,8 @@ def _write_classes(opened: DistilledSet, folder: Path) -> None:
 
 def _imagefolder(opened: DistilledSet, folder: Path, progress: Progress) -> None:
     for name in opened.classes:
-        if wrong := flaw(name):
-            raise DiffstillError(
-                f"class {name!r} cannot be the name of a folder beside {METADATA}, it {wrong}; export as parquet, webdataset or huggingface"
-            )
+        if OURS.fullmatch(name):
+            raise DiffstillError(f"class {name!r} cannot be the name of a folder beside {METADATA}; export as parquet, webdataset or huggingface")
         (folder / name).mkdir()
     for image in _images(opened):
         shutil.copyfile(image.path, folder / image.file_name)
