@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from diffstill.cli import Refusal
+from diffstill.commands import Command, Refusal
 
 LOCK = Path(__file__).with_name("images.lock")
 DOCKER = os.environ.get("DOCKER", "docker")
@@ -19,7 +19,7 @@ REPOSITORY = re.compile(r"[a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)+")
 REVISION = "org.opencontainers.image.revision"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--registry", default="", help="Registry and name to push to: host/name.")
 @click.option("--lock", type=click.Path(path_type=Path, dir_okay=False), default=LOCK, help="File to write; default: beside this script.")
 @click.argument("targets", nargs=-1, required=True)
@@ -29,9 +29,9 @@ def main(registry: str, lock: Path, targets: tuple[str, ...]) -> None:
         raise Refusal(f"REGISTRY is {registry!r}; it must be host/name, lower case: say make images-push REGISTRY=registry.example.org/diffstill")
     references = {target: push(f"diffstill:{target}", registry) for target in targets}
     replace(lock, json.dumps(references, indent=2) + "\n")
-    click.echo(f"{lock}:")
+    click.echo(f"wrote {lock}", err=True)
     for target, reference in references.items():
-        click.echo(f"  {target}  {reference}")
+        click.echo(f"{target}  {reference}")
 
 
 def push(image: str, repository: str) -> str:

@@ -15,7 +15,8 @@ import click
 from components.images import LOCK, load_images
 from diffstill.artifacts import file_digest, refuse_overlap
 from diffstill.catalogue import FOLDER
-from diffstill.cli import Command, Group, log_to_terminal, params_option
+from diffstill.cli import Command, log_to_terminal, params_option
+from diffstill.commands import Group
 from diffstill.config import load_params
 from diffstill.errors import DiffstillError
 from pipelines.settings import Settings, load_settings
@@ -59,7 +60,7 @@ def compile_pipeline(settings_path: Path, images_lock: Path, allow_tag: bool, ou
     settings, images = load_settings(settings_path), load_images(images_lock, allow_tag=allow_tag)
     refuse_overlap(output, {"settings": settings_path, "images": images_lock})
     write_package(settings, images, output, kubernetes=kubernetes)
-    click.echo(f"wrote {output}")
+    click.echo(f"wrote {output}", err=True)
 
 
 @main.command("run-local")
@@ -108,7 +109,7 @@ def readme(settings_path: Path) -> None:
 
     for path, text in readmes(load_settings(settings_path).infra).items():
         path.write_text(text, encoding="utf-8")
-        click.echo(f"wrote {path}")
+        click.echo(f"wrote {path}", err=True)
 
 
 # --- on a cluster ------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def logs(run: str, settings: Settings, task: str | None, follow: bool) -> None:
 def cancel(run: str, settings: Settings) -> None:
     """Stop RUN; one that has finished is left alone."""
     found, stopped = _reached(settings).cancel(run)
-    click.echo(f"run {run} is being stopped" if stopped else f"run {run} is {found.lower()} already")
+    click.echo(f"run {run} is being stopped" if stopped else f"run {run} is {found.lower()} already", err=True)
 
 
 @main.command()
@@ -294,9 +295,9 @@ def fetch(run: str, settings: Settings, output: Path, only: str | None) -> None:
 
     arrived = fetch_artifacts(_reached(settings).outputs(run), output, tuple(only.split(",")) if only else NAMES)
     for folder in arrived:
-        click.echo(f"fetched {folder}")
+        click.echo(f"fetched {folder}", err=True)
     if not arrived:
-        click.echo(f"{output} is up to date")
+        click.echo(f"{output} is up to date", err=True)
 
 
 @main.group()
@@ -331,7 +332,7 @@ def list_schedules(settings: Settings) -> None:
 def disable_schedule(schedule_id: str, settings: Settings) -> None:
     """Start no more runs of SCHEDULE_ID; it stays listed."""
     _reached(settings).disable_schedule(schedule_id)
-    click.echo(f"schedule {schedule_id} is off")
+    click.echo(f"schedule {schedule_id} is off", err=True)
 
 
 @schedule.command("delete")
@@ -340,7 +341,7 @@ def disable_schedule(schedule_id: str, settings: Settings) -> None:
 def delete_schedule(schedule_id: str, settings: Settings) -> None:
     """Forget SCHEDULE_ID; its runs stay."""
     _reached(settings).delete_schedule(schedule_id)
-    click.echo(f"schedule {schedule_id} is deleted")
+    click.echo(f"schedule {schedule_id} is deleted", err=True)
 
 
 if __name__ == "__main__":

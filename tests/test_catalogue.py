@@ -76,6 +76,13 @@ def test_list_shows_the_last_of_each_and_what_an_alias_leads_to(here):
 def test_json_has_every_version_with_all_tags(here):
     versions = json.loads(told("search", "--json"))
     assert [one["ref"] for one in versions] == ["distilled-pets/1", "distilled-pets/2", "distilled-quotes/1"]
+    assert [(one["ipc"], one["classes"]) for one in versions] == [(2, 2)] * 3
+    for one in versions:
+        scores, tags = one["scores"]["2"], one["tags"]
+        gain, low, high = (100 * scores[f"val_gain{end}"] for end in ("", "_low", "_high"))
+        assert tags["val_gain/ipc2"] == f"{gain:+.1f} points ({low:+.1f} to {high:+.1f})"
+        assert tags["test/convnet-2/ipc2"].startswith(f"{100 * scores['students']['convnet-2']['test_mean']:.1f} ± ")
+        assert "\u2212" not in json.dumps(one["tags"], ensure_ascii=False)
     assert [one["tags"]["sha256"] for one in versions] == [open_artifact(one.paths["distilled"], "distilled").digest for one in here]
 
 

@@ -347,7 +347,7 @@ def test_completion_completes(here):
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_writes_parameters(name, here):
     result = call("preset", name)
-    assert (result.exit_code, result.stdout) == (0, f"wrote params.yaml (preset {name}); next: diffstill run\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"wrote params.yaml (preset {name}); next: diffstill run\n")
     assert load_params(here / "params.yaml") == preset(name)
 
 

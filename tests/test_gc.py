@@ -267,7 +267,7 @@ def test_what_lies_beside_the_files_of_a_set_keeps_it(bucket, tmp_path):
     assert outcomes("--store", bucket.store, "--delete") == {}
     assert bucket.objects() == before
     told = say("--store", bucket.store)
-    assert "kept: 1 named by a version, 3 not made by `diffstill publish` alone\n" in told
+    assert "kept: 1 entry named by a version, 3 entries not made by `diffstill publish` alone\n" in told
 
 
 def test_parts_of_uploads_that_were_cut_off_are_freed(bucket, tmp_path):
@@ -307,7 +307,7 @@ def test_a_published_version_loads_after_everything_else_is_gone(bucket, tmp_pat
     assert publish() == 2
     assert outcomes("--delete") == {}
     MlflowClient().delete_model_version(config.name, "2")
-    assert "kept: 2 not idle long enough" in say("--store", bucket.store), "it was published again a moment ago, though its files are old"
+    assert "kept: 2 entries not idle long enough" in say("--store", bucket.store), "it was published again a moment ago, though its files are old"
     assert publish() == 3
     monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path / "other"))
     assert len(diffstill.load(f"{config.name}/3")) == 4
@@ -367,7 +367,7 @@ def test_a_registry_that_dies_on_the_way_keeps_the_rest(bucket, orphan, tmp_path
     done = CliRunner().invoke(main, ["gc", "--store", bucket.store, "--delete"])
     assert (done.exit_code, done.stderr.count("error: ")) == (2, 1)
     assert (done.stdout.count(": removed"), done.stdout.count(": stays")) == (1, 1)
-    assert "1 of 2 removed" in done.stdout
+    assert "removed 1 distilled set of 2 distilled sets, " in done.stdout
     assert not [key for key in bucket.objects() if storage._REMOVAL in key], "no sign is left"
 
 
@@ -665,7 +665,10 @@ def test_downloads_that_nobody_used_go_and_all_else_stays(here):
     assert outcomes("--cache") == dict.fromkeys(expected, "would go")
     assert shape(cache) == before
     told = say("--cache")
-    assert f"dry run: {len(CACHED)} to remove, 9.0 kB; nothing was changed, --delete removes them\nkept: 1 not idle long enough\n" in told
+    assert (
+        f"dry run: would remove {len(CACHED)} downloads, 9.0 kB; nothing was changed, --delete removes them\nkept: 1 entry not idle long enough\n"
+        in told
+    )
     assert outcomes("--cache", "--delete") == dict.fromkeys(expected, "removed")
     assert {path.relative_to(cache).parent.as_posix() for path in cache.rglob("file")} == {*OTHERS, "distilled/" + "9" * 64}
     assert (here / "elsewhere" / "file").is_file()
@@ -728,7 +731,7 @@ def test_work_that_nobody_goes_on_with_goes_and_what_a_process_works_on_stays(he
         before = shape(work_root())
         assert outcomes("--work") == {str(idle): "would go", str(outgoing): "would go"}
         assert shape(work_root()) == before
-        assert "kept: 1 in use by a process, 1 not idle long enough\n" in say("--work")
+        assert "kept: 1 entry in use by a process, 1 entry not idle long enough\n" in say("--work")
         assert set(outcomes("--work", "--delete").values()) == {"removed"}
         process.stdin.close()
         process.wait(30)
@@ -842,5 +845,8 @@ def test_without_a_choice_it_looks_at_the_store_of_the_parameters_the_cache_and_
 
 
 def test_where_there_is_nothing_it_says_so(here):
-    assert say("--cache", "--work") == "dry run: 0 to remove, 0 bytes; nothing was changed, --delete removes them\nkept: nothing else was found\n"
+    assert (
+        say("--cache", "--work")
+        == "dry run: would remove nothing, 0 bytes; nothing was changed, --delete removes them\nkept: nothing else was found\n"
+    )
     assert list(here.iterdir()) == []

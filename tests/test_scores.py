@@ -92,7 +92,7 @@ def test_metrics_are_a_tree_without_empty_leaves(cells):
     over = cells["distilled", 2].over_random
     leaf = tree[STUDENT]["distilled"]["ipc2"]
     found = [leaf[f"gain_over_random{end}"] for end in ("", "_low", "_high")]
-    assert found == pytest.approx([over.points, over.low, over.high], abs=1e-6)
+    assert found == pytest.approx([over.points / 100, over.low / 100, over.high / 100], abs=1e-6)
     assert flat(tree)[f"{STUDENT}/distilled/ipc2/test_mean"] == leaf["test_mean"]
     assert len(flat(tree)) == sum(len(leaf) for sizes in tree[STUDENT].values() for leaf in sizes.values())
 

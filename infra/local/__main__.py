@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from diffstill.errors import DiffstillError
+from diffstill.commands import Group, Refusal
 from infra.local import backup
 from infra.local.compose import ComposeStack
 from infra.local.native import NativeStack
@@ -42,7 +42,7 @@ class Place:
         if self.chosen.exists():
             return self.chosen.read_text(encoding="utf-8").strip()
         if reason := ComposeStack(self.path, settings_at(self.path)).obstacle():
-            click.echo(f"no containers here: {reason}; taking processes of this machine")
+            click.echo(f"no containers here: {reason}; taking processes of this machine", err=True)
             return "native"
         return "compose"
 
@@ -57,22 +57,18 @@ class Place:
         return ComposeStack(self.path, settings) if engine == "compose" else NativeStack(self.state, settings)
 
 
-class Commands(click.Group):
-    """Prints what the user can mend as one message, and ends with 2. That of `diffstill.cli` would load all of diffstill first."""
+class Commands(Group):
+    """Takes any error of the file system for one that the user can mend."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except DiffstillError as error:
-            told, code = str(error), error.exit_code
         except BrokenPipeError:
             raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            told, code = f"{place}{error.strerror or error}; make the place writable with room on its disk, or name another", 2
-        click.echo(f"error: {told}", err=True)
-        raise click.exceptions.Exit(code)
+            raise Refusal(f"{place}{error.strerror or error}; make the place writable with room on its disk, or name another") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
@@ -137,7 +133,7 @@ def env(place: Place) -> None:
 def back_up(place: Place, to: Path) -> None:
     """Write the database and the buckets into the folder TO, which must not exist."""
     files, size = backup.back_up(place.stack(read_settings(place.path)), to.resolve())
-    click.echo(f"{to}: {files} files, {size / 2**20:.1f} MiB")
+    click.echo(f"{to}: {files} files, {size / 2**20:.1f} MiB", err=True)
 
 
 @main.command()
@@ -146,7 +142,7 @@ def back_up(place: Place, to: Path) -> None:
 def restore(place: Place, source: Path) -> None:
     """Put the backup in the folder FROM into the stack, which must be up and empty."""
     backup.restore(place.stack(read_settings(place.path)), source.resolve())
-    click.echo(f"{source} is restored")
+    click.echo(f"{source} is restored", err=True)
 
 
 @main.command()
@@ -156,7 +152,7 @@ def rotate(place: Place) -> None:
     settings = read_settings(place.path).rotated()
     write_settings(settings, place.path)
     place.stack(settings).up()
-    click.echo(f"{place.path} has the new passwords; give them to who has exported the old ones: {hint(place, 'env')}")
+    click.echo(f"{place.path} has the new passwords; give them to who has exported the old ones: {hint(place, 'env')}", err=True)
 
 
 def tell(place: Place, stack: NativeStack | ComposeStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,4 +264,4 @@ def rendered() -> dict[Path, str]:
 if __name__ == "__main__":
     for path, text in rendered().items():
         path.write_text(text)
-        print(path)
+        print(f"wrote {path}", file=sys.stderr)

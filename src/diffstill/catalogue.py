@@ -83,12 +83,18 @@ def _fits(version: Any, term: str) -> bool:
 
 def _print_versions(versions: Sequence[Any], as_json: bool, nothing: str) -> None:
     if as_json:
-        click.echo(json.dumps([asdict(version) | {"ref": version.ref} for version in versions], indent=1, sort_keys=True, default=str))
+        click.echo(json.dumps([_plain(version) for version in versions], indent=1, sort_keys=True, default=str))
         return
     if not versions:
         click.echo(nothing, err=True)
         return
     _print_table(HEADS, map(_row, versions))
+
+
+def _plain(version: Any) -> dict[str, Any]:
+    """As JSON: numbers as numbers, accuracies and gains as fractions, beside all tags as MLflow has them."""
+    counts = {name: int(version.tags[name]) for name in ("ipc", "classes", "bytes") if name in version.tags}
+    return asdict(version) | counts | {"ref": version.ref, "scores": version.numbers(), "val_seeds": version.validations()}
 
 
 def _row(version: Any) -> Sequence[str]:
@@ -210,7 +216,7 @@ def compare(first: str, second: str, output: Path) -> None:
         raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
     output.write_text(comparing.render(found), encoding="utf-8")
     click.echo(comparing.text(found))
-    click.echo(f"page  {output.absolute()}")
+    click.echo(f"wrote {output.absolute()}", err=True)
 
 
 @click.command()
@@ -242,7 +248,7 @@ def promote(ref: str, output: Path | None) -> None:
     from diffstill import promote as promoting
     from diffstill.registry import find
 
-    click.echo(promoting.text(promoting.promote(find(ref), output)))
+    click.echo(promoting.text(promoting.promote(find(ref), output)), err=True)
 
 
 @click.command()
@@ -264,7 +270,7 @@ def deprecate(ref: str, reason: str | None, undo: bool) -> None:
         registry.restore(version)
     else:
         registry.deprecate(version, told)
-    click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {_aliases(registry, version.name)}")
+    click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {_aliases(registry, version.name)}", err=True)
 
 
 def _aliases(registry: Any, name: str) -> str:
@@ -343,7 +349,8 @@ def _print_garbage(survey: Any, outcomes: Any, asked: Sequence[Any], delete: boo
     click.echo(collecting.summary(survey, [one for one, outcome in told.items() if outcome in ("would go", "removed")], delete))
     if asked:
         click.echo(
-            f"versions: looked up at {', '.join(addresses)} and nowhere else; if another MLflow has versions in this store, name it with --registry"
+            f"versions: looked up at {', '.join(addresses)} and nowhere else; if another MLflow has versions in this store, name it with --registry",
+            err=True,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -17,8 +16,9 @@ from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from diffstill import __version__, catalogue
 from diffstill.catalogue import FOLDER
+from diffstill.commands import Group, Refusal
 from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, read_json, render_params
-from diffstill.errors import DiffstillError, GateError
+from diffstill.errors import DiffstillError
 
 if TYPE_CHECKING:
     from diffstill.run import Stage
@@ -68,28 +68,6 @@ class Place(click.ParamType[Any]):
 PLACE = Place()
 ANY_PLACE = Place(click.Path(path_type=Path))
 Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
-MENDABLE = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions or choose another folder"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "choose another folder"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another disk"),
-}
-"""What a user can do about an error of the file system; any other is a bug of ours."""
-
-
-class Group(click.Group):
-    """Commands that print a user's error as one message, exit code 2; a bug keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except DiffstillError as error:
-            raise (GateRefusal if isinstance(error, GateError) else Refusal)(str(error)) from error
-        except OSError as error:
-            if error.errno not in MENDABLE:
-                raise
-            place = f"{error.filename}: " if error.filename else ""
-            raise Refusal(f"{place}{error.strerror}; {MENDABLE[error.errno]}") from error
 
 
 class Sections(Group):
@@ -102,23 +80,6 @@ class Sections(Group):
         for title, names in {"The chain": rest, "Its stages": list(SUMMARIES), "Published versions": versions}.items():
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(120)) for name in names])
-
-
-class Refusal(click.ClickException):
-    """What the user can mend: one message, exit code 2."""
-
-    exit_code = DiffstillError.exit_code
-
-    def show(self, file: Any = None) -> None:  # noqa: ARG002  (click's signature)
-        """Print the message."""
-        rank = os.environ.get("RANK", "0")
-        click.echo(f"error: {'' if rank == '0' else f'rank {rank}: '}{self.message}", err=True)
-
-
-class GateRefusal(Refusal):
-    """A set that is not worth publishing: one message, exit code 3."""
-
-    exit_code = GateError.exit_code
 
 
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
@@ -234,7 +195,7 @@ def merge(generator: Path, denoiser: Path, seed: int | None, output: Path) -> No
     from diffstill.merge import merge as merge_weights
 
     chosen = merge_weights(generator, denoiser, output, seed)
-    click.echo(f"{output}: the generator with fine-tune {chosen}")
+    click.echo(f"{output}: the generator with fine-tune {chosen}", err=True)
 
 
 @main.command()
@@ -277,7 +238,7 @@ def write_preset(name: str, output: Path, force: bool) -> None:
     if not output.parent.is_dir():
         raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
     output.write_text(render_params(wanted), encoding="utf-8")
-    click.echo(f"wrote {output} (preset {name}); next: diffstill run")
+    click.echo(f"wrote {output} (preset {name}); next: diffstill run", err=True)
 
 
 def _refuse_changed(output: Path, wanted: Params) -> None:

@@ -28,6 +28,7 @@ from diffstill import storage
 from diffstill.artifacts import MANIFEST, Kind, Manifest, WorkFolder, cache_folder, read_manifest, work_root
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
+from diffstill.html import plural
 from diffstill.record import Record, ignore
 from diffstill.registry import STORED, Registry
 from diffstill.run import STAGES, Step, chain
@@ -52,6 +53,16 @@ ARTIFACT = rf"{'|'.join(get_args(Kind))}|untuned|(real|distilled|untuned)-.+?|[0
 """The folders of a chain and of its scores, and those on their way to a store."""
 DRAFT = re.compile(rf"\.(?P<name>{ARTIFACT})(?P<old>\.old)?\.[a-z0-9_]{{8}}({re.escape(ASIDE)})?")
 """What a killed stage leaves beside its output, as `new_artifact` names it, and a killed removal of that."""
+NOUNS = {
+    **{kind: kind for kind in get_args(Kind)},
+    "distilled": "distilled set",
+    "parts": "unfinished upload",
+    "cache": "download",
+    "work": "work folder",
+    "draft": "draft",
+    "locks": "group of lock files",
+}
+"""What a kind of garbage is called."""
 LOCK = re.compile(r"\.?([a-z]+-)?[0-9a-f]{16,64}(\.dir)?\.lock")
 
 
@@ -400,9 +411,14 @@ def shown_time(idle: timedelta) -> str:
 
 def summary(survey: Survey, gone: Sequence[Garbage], delete: bool) -> str:
     """What goes or is gone, and what stays for which reason."""
-    count = f"{len(gone)} of {len(survey.garbage)}" if delete else str(len(gone))
     size = decimal(sum(one.size for one in gone))
-    told = f"{count} removed, {size}" if delete else f"dry run: {count} to remove, {size}; nothing was changed, --delete removes them"
-    kept = ", ".join(f"{number} {reason}" for reason, number in sorted(survey.kept.items()))
+    spared = f" of {_counted(survey.garbage)}" if len(gone) < len(survey.garbage) else ""
+    removed = f"removed {_counted(gone)}{spared}, {size}"
+    told = removed if delete else f"dry run: would remove {_counted(gone)}, {size}; nothing was changed, --delete removes them"
+    kept = ", ".join(f"{number} {'entry' if number == 1 else 'entries'} {reason}" for reason, number in sorted(survey.kept.items()))
     doubt = [f"in doubt: {survey.doubt}; --delete refuses"] if survey.doubt and not delete else []
     return "\n".join([told, f"kept: {kept or 'nothing else was found'}", *doubt])
+
+
+def _counted(garbage: Sequence[Garbage]) -> str:
+    return ", ".join(plural(number, NOUNS[kind]) for kind, number in Counter(one.kind for one in garbage).items()) or "nothing"

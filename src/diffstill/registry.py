@@ -85,7 +85,13 @@ class Version:
 
     def validations(self) -> dict[int, list[float]]:
         """Val accuracy per generation seed, by images per class."""
-        prefix = "val_seeds/ipc"
+        return self._by_size("val_seeds/ipc")
+
+    def numbers(self) -> dict[int, dict[str, Any]]:
+        """Gain on val and scores by student as fractions, by images per class; as `publish` gathers them."""
+        return self._by_size("numbers/ipc")
+
+    def _by_size(self, prefix: str) -> dict[int, Any]:
         return {int(tag.removeprefix(prefix)): json.loads(value) for tag, value in self.tags.items() if tag.startswith(prefix)}
 
 

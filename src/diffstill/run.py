@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from diffstill import storage
 from diffstill.artifacts import ANCESTORS, MANIFEST, Kind, cache_folder, open_artifact, read_manifest, refuse_foreign, refuse_overlap, work_root
+from diffstill.commands import keeping
 from diffstill.config import Params, Section
 from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
@@ -170,7 +172,7 @@ def run_stage(
     if not main:
         return dict(function(config, **paths, record=ignore, **options))
     log.info("%s ...", step)
-    with stage_run(step, config, params) as run:
+    with keeping(partial(_kept, step, name)), stage_run(step, config, params) as run:
         if stage.registers:
             options["registry"] = Registry.here(run)
         if run and "images" in stage.inputs:
@@ -284,14 +286,25 @@ def _require(stage: Stage, paths: Mapping[str, Any]) -> None:
             raise DiffstillError(f"{folder}: no artifact here; run the stage that makes it first (`diffstill run` or `dvc repro` runs them all)")
 
 
+def _kept(step: str, stage: str) -> str:
+    """What an interruption leaves."""
+    checkpoints = any(path.is_dir() for path in work_root().glob(f"{stage}-*"))
+    where = f"what {step} has in {work_root()} is kept" if checkpoints else f"{step} starts anew"
+    return f"all finished artifacts are kept, {where}, and the same command goes on from there"
+
+
 def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, float]) -> None:
     """Costs go to a side log, never into artifacts. The many numbers of a report stand in its table, not here."""
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
+    shown = ", ".join(f"{name} {_number(value)}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
     log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
     path = work_root() / "costs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"step": step, **costs, **metrics}) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def run_chain(params: Params, root: Path, device: str = "cpu") -> None:

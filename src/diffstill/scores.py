@@ -51,6 +51,12 @@ class Gain:
     paired: bool = False
 
     @property
+    def fractions(self) -> dict[str, float | None]:
+        """The gain and the ends of its interval as accuracies are counted, between -1 and 1, without the noise of rounding."""
+        ends = {"": self.points, "_low": self.low, "_high": self.high}
+        return {name: None if value is None else round(value / 100, 6) + 0.0 for name, value in ends.items()}
+
+    @property
     def verdict(self) -> Literal["gain", "loss", "unclear", "unknown"]:
         """Whether the interval is clear of zero, and on which side; unknown without an interval."""
         if self.low is None or self.high is None:
@@ -274,7 +280,7 @@ def _robust(run: Run, means: Mapping[Column, float]) -> float | None:
 
 
 def metrics(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """The content of metrics.json: {student: {source: {"ipc<n>" or "all": numbers}}}; accuracies as fractions, gains in points."""
+    """The content of metrics.json: {student: {source: {"ipc<n>" or "all": numbers}}}; accuracies and gains as fractions."""
     tree: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for cell in cells:
         size = "all" if cell.images_per_class is None else f"ipc{cell.images_per_class}"
@@ -288,7 +294,7 @@ def _numbers(cell: Cell) -> dict[str, float]:
         found |= {"val_mean": cell.validation.mean, "val_std": cell.validation.sd}
     for name, over in (("random", cell.over_random), ("untuned", cell.over_untuned)):
         if over:
-            found |= {f"gain_over_{name}": over.points, f"gain_over_{name}_low": over.low, f"gain_over_{name}_high": over.high}
+            found |= {f"gain_over_{name}{end}": value for end, value in over.fractions.items()}
     found["label_robust_score_hard"] = cell.label_robust_score
     return {name: round(value, 6) for name, value in found.items() if value is not None} | {"runs": cell.test.runs}
 

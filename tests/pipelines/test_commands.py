@@ -385,8 +385,8 @@ def test_a_pod_that_has_been_removed_is_named(server, run_id):
 
 def test_cancelling_twice_is_cancelling_once(server, run_id):
     server.final = "RUNNING"
-    assert on("cancel", run_id).stdout == f"run {run_id} is being stopped\n"
-    assert on("cancel", run_id).stdout == f"run {run_id} is canceled already\n"
+    assert on("cancel", run_id).stderr == f"run {run_id} is being stopped\n"
+    assert on("cancel", run_id).stderr == f"run {run_id} is canceled already\n"
     assert len(server.sent("POST", ".*:terminate")) == 1
     assert "has no run nobody" in refused(on("cancel", "nobody"))
 
@@ -459,7 +459,7 @@ def outputs(bucket, made, run_id):
 def test_the_card_is_fetched_where_the_run_made_one(project, outputs, run_id):
     assert "has no card; wait" in refused(on("fetch", run_id, "--output", "artifacts", "--only", "card"))
     outputs("card")
-    assert on("fetch", run_id, "--output", "artifacts", "--only", "card").stdout == "fetched artifacts/card\n"
+    assert on("fetch", run_id, "--output", "artifacts", "--only", "card").stderr == "fetched artifacts/card\n"
     assert open_artifact(project / "artifacts/card", "card").manifest.kind == "card"
 
 
@@ -468,8 +468,8 @@ def test_a_run_is_fetched_as_the_chain_lays_it_out(project, outputs, made, run_i
     assert done.exit_code == 0, done.output
     expected = {name: digest for name, digest in contents(made).items() if not name.startswith(("part", "card"))}
     assert contents(project / "artifacts") == expected
-    assert "fetched artifacts/report" in done.stdout
-    assert on("fetch", run_id, "--output", "artifacts", "--only", "report").stdout == "artifacts is up to date\n"
+    assert "fetched artifacts/report" in done.stderr
+    assert on("fetch", run_id, "--output", "artifacts", "--only", "report").stderr == "artifacts is up to date\n"
 
 
 def test_data_in_a_bucket_has_a_version_that_changes_with_it(project, server, bucket, monkeypatch):

@@ -317,7 +317,7 @@ def test_what_a_pipeline_cannot_do_is_refused():
     with pytest.raises(DiffstillError, match=r"`sample.classes` is for `diffstill sample` alone"):
         arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())
     values["sample"]["classes"] = None
-    values["evaluate"]["students"] = [f"convnet-{number}" for number in range(1, MAX_ITERATIONS + 2)]
+    values["evaluate"]["students"] = [f"network-{number}" for number in range(MAX_ITERATIONS + 1)]
     with pytest.raises(DiffstillError, match="lists 31 networks, a loop of the pipeline takes 30"):
         arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig())
 

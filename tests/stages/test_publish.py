@@ -63,7 +63,7 @@ def published(made: Experiment, shelf: Shelf, config: PublishConfig | None = Non
 def told(values, base) -> str:
     """A gain with its interval as scipy has it."""
     low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in (np.mean(values) - np.mean(base), low, high))).replace("-", "−")
+    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in (np.mean(values) - np.mean(base), low, high)))
 
 
 def by_seed(values, more: float = 0.0) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_the_interval_decides_not_the_mean(tmp_path, shelf):
     below, above = (judged(tmp_path / f"{more:.3f}", lines=pairs([*(ours - low + more)], real)) for more in (-0.001, 0.001))
     with pytest.raises(GateError, match=rf"\+{100 * (-low - 0.001):.1f} points \(−0\.1 to \+{100 * (high - low - 0.001):.1f}\)"):
         published(below, shelf)
-    assert published(above, shelf)["val_gain/ipc2"] == pytest.approx(100 * (0.001 - low))
+    assert published(above, shelf)["val_gain/ipc2"] == pytest.approx(0.001 - low, abs=1e-6)
 
 
 def test_the_whole_set_must_gain(tmp_path, shelf):
@@ -240,7 +240,9 @@ def test_tags_say_all_that_a_version_is_searched_by(tmp_path, shelf):
     (release,) = shelf.releases
     size = sum(path.stat().st_size for path in (tmp_path / "distilled").rglob("*") if path.is_file())
     digests = {name: artifact.digest for name, artifact in made.opened("images", "generator", "distilled").items()}
-    assert release.tags == {
+    tags = dict(release.tags)
+    numbers = {size: json.loads(tags.pop(f"numbers/ipc{size}")) for size in (1, 2)}
+    assert tags == {
         "dataset": "folder",
         "ipc": "2",
         "classes": "2",
@@ -273,7 +275,13 @@ def test_tags_say_all_that_a_version_is_searched_by(tmp_path, shelf):
         "val_gain/ipc1": told(by_seed(DISTILLED[1], BETTER) / 2, by_seed(RANDOM[1]) / 2),
         "val_gain/ipc2": told(by_seed(DISTILLED[2], BETTER) / 2, by_seed(RANDOM[2]) / 2),
     }
-    gains = {"val_gain/ipc1": pytest.approx(23.8333, abs=1e-4), "val_gain/ipc2": pytest.approx(10.5)}
+    gains = {"val_gain/ipc1": 0.238333, "val_gain/ipc2": 0.105}
+    for ipc, found in numbers.items():
+        leaf = found["students"][STUDENT]
+        assert (leaf["test_mean"], leaf["runs"]) == (pytest.approx({1: 0.827, 2: 0.760}[ipc], abs=6e-4), 6)
+        low, high = stats.ttest_ind(by_seed(DISTILLED[ipc], BETTER) / 2, by_seed(RANDOM[ipc]) / 2, equal_var=False).confidence_interval(0.95)
+        expected = [gains[f"val_gain/ipc{ipc}"], low, high]
+        assert [found[f"val_gain{end}"] for end in ("", "_low", "_high")] == pytest.approx(expected, abs=1e-6)
     assert metrics == {"version": 1.0, "images": 12.0, "bytes": float(size)} | gains
 
 

@@ -71,7 +71,7 @@ def test_metrics_json_holds_hand_computed_numbers(written):
     assert cell["test_mean"] == pytest.approx(0.626667, abs=1e-6)
     assert cell["test_std"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / 5), abs=1e-6)
     assert (cell["val_mean"], cell["runs"]) == (pytest.approx(mean / 2, abs=1e-6), 6)
-    assert cell["gain_over_random"] == pytest.approx(100 * (mean - 0.35), abs=1e-4)
+    assert cell["gain_over_random"] == pytest.approx(mean - 0.35, abs=1e-6)
     assert cell["label_robust_score_hard"] == pytest.approx(label_robust_score(mean, 0.35, 0.92), abs=1e-5)
     assert flat[f"{STUDENT}/distilled/ipc1/test_mean"] == cell["test_mean"]
     assert flat[f"{STUDENT}/full/all/test_mean"] == pytest.approx(0.92)
@@ -80,7 +80,7 @@ def test_metrics_json_holds_hand_computed_numbers(written):
 def test_stage_averages_student_seeds_before_the_interval(written):
     cell = json.loads((written[0] / "metrics.json").read_text())[STUDENT]["distilled"]["ipc1"]
     expected = gain([0.62, 0.62, 0.64], [0.32, 0.34, 0.39])
-    assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low / 100, expected.high / 100), abs=1e-6)
 
 
 def test_all_runs_are_kept_as_they_were_scored(made):
@@ -144,7 +144,8 @@ def test_page_prints_the_numbers_of_metrics_json(written):
         for cell in sizes.values():
             assert f"{100 * cell['test_mean']:.1f} ± {100 * cell['test_std']:.1f} {cell['runs']} runs" in text
     gains = tree[STUDENT]["distilled"]["ipc1"]
-    assert f"+{gains['gain_over_random']:.1f} [+{gains['gain_over_random_low']:.1f}, +{gains['gain_over_random_high']:.1f}]" in text
+    points, low, high = (100 * gains[f"gain_over_random{end}"] for end in ("", "_low", "_high"))
+    assert f"+{points:.1f} [+{low:.1f}, +{high:.1f}]" in text
     assert f"{gains['label_robust_score_hard']:.1f}" in text
 
 
@@ -185,7 +186,7 @@ def test_random_real_has_as_many_draws_as_it_likes(made):
     folder, _ = made.report()
     cell = json.loads((folder / "metrics.json").read_text())[STUDENT]["distilled"]["ipc1"]
     expected = gain([0.62, 0.62, 0.64], [0.31 + draw / 100 for draw in range(10)])
-    assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert (cell["gain_over_random_low"], cell["gain_over_random_high"]) == pytest.approx((expected.low / 100, expected.high / 100), abs=1e-6)
     assert "Random real: 10 draws × 2 student seeds; untuned generator: 3 generation seeds × 2" in (folder / "report.html").read_text()
 
 

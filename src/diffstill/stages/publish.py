@@ -22,7 +22,7 @@ from diffstill.imagenet import titled
 from diffstill.lineage import Lineage
 from diffstill.pictures import contact_sheet, read_png, save_png
 from diffstill.record import Record, ignore
-from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Chance, Gain, Run, Validation, cautions, read_lines, repeated, table, validations
+from diffstill.scores import SCORES, SOURCE_NAMES, Cell, Chance, Gain, Run, Validation, cautions, metrics, read_lines, repeated, table, validations
 
 log = logging.getLogger("diffstill")
 SHEET_COLUMNS = 10
@@ -66,7 +66,7 @@ def publish(
 ) -> dict[str, float]:
     """Write the `card` artifact (card.md, lineage.json, a contact sheet per class) and register a version with it.
 
-    Returns the version's number, its images and bytes, and the gain on val in points per size. Raises `GateError` where the gain of the set over real images of the same
+    Returns the version's number, its images and bytes, and the gain on val per size, as a fraction. Raises `GateError` where the gain of the set over real images of the same
     number is not shown on val, unless `force` or `config.gate` allow it; `DiffstillError` for a set and a report that do not belong together.
     """
     made, told = open_artifact(distilled, "distilled"), open_artifact(report, "report")
@@ -87,7 +87,7 @@ def publish(
         _draw_sheets(made, draft.folder / "sheets")
     artifacts = {"distilled": made, "report": told, "card": open_artifact(card, "card")}
     number = registry.publish(Release(name, config, artifacts, tags, lineage), record)
-    gains = {f"val_gain/ipc{one.images_per_class}": one.gain.points for one in judged}
+    gains = {f"val_gain/ipc{one.images_per_class}": one.gain.fractions[""] or 0.0 for one in judged}
     return {"version": float(number), "images": float(_images(made)), "bytes": float(tags["bytes"])} | gains
 
 
@@ -145,7 +145,7 @@ def _tags(
         "ipc": facts["images_per_class"],
         "classes": len(facts["classes"]),
         "resolution": f"{facts['side']}x{facts['side']}",
-        **{f"val_gain/ipc{one.images_per_class}": _told(one.gain) for one in judged},
+        **{f"val_gain/ipc{one.images_per_class}": _typed(one.gain) for one in judged},
         **_scores(table(runs)),
         "protocol": told.facts["protocol"],
         "students": ", ".join(told.facts["students"]),
@@ -166,6 +166,7 @@ def _tags(
         "sha256": made.digest,
         "report_sha256": told.digest,
         **{f"val_seeds/ipc{one.images_per_class}": json.dumps([round(value, 6) for value in one.accuracies]) for one in judged},
+        **{f"numbers/ipc{size}": json.dumps(found, sort_keys=True) for size, found in _numbers(runs, judged).items()},
     }
     return {name: str(value) for name, value in tags.items() if value != ""}
 
@@ -180,8 +181,23 @@ def _scores(cells: Sequence[Cell]) -> dict[str, str]:
             if cell.validation:
                 found[f"val/{where}"] = _accuracy(cell.validation)
             if cell.over_random:
-                found[f"gain_over_random/{where}"] = _told(cell.over_random)
+                found[f"gain_over_random/{where}"] = _typed(cell.over_random)
     return found
+
+
+def _typed(gain: Gain) -> str:
+    """The same with the minus that keyboards have, for tags are searched."""
+    return _told(gain).replace("\u2212", "-")
+
+
+def _numbers(runs: Sequence[Run], judged: Sequence[Validation]) -> dict[int, dict[str, Any]]:
+    """For programs, per size: the gain on val with its interval, and the distilled set's part of metrics.json by student; all as fractions."""
+    gains = {one.images_per_class: {f"val_gain{end}": value for end, value in one.gain.fractions.items()} for one in judged}
+    students = {student: tree.get("distilled", {}) for student, tree in metrics(table(runs)).items()}
+    sizes = sorted({run.images_per_class for run in runs if run.source == "distilled" and run.images_per_class})
+    return {
+        size: gains.get(size, {}) | {"students": {name: one[f"ipc{size}"] for name, one in students.items() if f"ipc{size}" in one}} for size in sizes
+    }
 
 
 def _accuracy(found: Any) -> str:
