@@ -158,10 +158,6 @@ def arguments(
     students = list(params.evaluate.students)
     if len(students) > MAX_ITERATIONS:
         raise DiffstillError(f"`evaluate.students` lists {len(students)} networks, a loop of the pipeline takes {MAX_ITERATIONS}; split the run")
-    if publish and params.publish.name is None and params.prepare.source == "folder":
-        raise DiffstillError(
-            "`publish.name` is null, but images of a folder have no name of their own; set it, like distilled-flowers, or do not ask for a version"
-        )
     if odd := next((name for name in students if literal(json.dumps(name)) != json.dumps(name)), None):
         raise DiffstillError(f"`evaluate.students` names {odd!r}, of which Kubeflow would read a part as its own placeholder; correct the name")
     return {

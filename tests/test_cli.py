@@ -68,7 +68,7 @@ def pictures(root, **counts):
 def folder_of(project, **counts):
     (project / "data" / "train").mkdir(parents=True)
     pictures(project / "data", **counts)
-    knobs(project, prepare={"source": "folder", "location": "data", "classes": None})
+    knobs(project, prepare={"source": "folder", "location": "data", "classes": None}, publish={"name": "mine"})
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ REFUSED = {
     "class with one image": (with_one_image, PREPARE, "class 'b' has 1 "),
     "empty folder": (with_nothing, PREPARE, "has no class to work with"),
     "absent folder": (
-        setting(prepare={"source": "folder", "location": "nowhere"}),
+        setting(prepare={"source": "folder", "location": "nowhere"}, publish={"name": "mine"}),
         PREPARE,
         "nowhere: is no folder, but `prepare.location` names it",
     ),

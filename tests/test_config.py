@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from diffstill.config import PRESETS, Params, PrepareConfig, PublishConfig, Section, json_schema, load_params, preset, read_json, render_params
+from diffstill.config import (
+    LARGEST_CLASS,
+    PRESETS,
+    Params,
+    PrepareConfig,
+    PublishConfig,
+    Section,
+    json_schema,
+    load_params,
+    preset,
+    read_json,
+    render_params,
+)
 from diffstill.errors import DiffstillError
 from pipelines.settings import load_settings
 
@@ -49,7 +62,7 @@ def test_presets_are_read_as_they_were_written(name, tmp_path):
 )
 def test_any_value_is_read_as_it_was_written(tmp_path_factory, location, classes, fraction, seed):
     prepare = PrepareConfig(source="folder", location=location, classes=tuple(classes), test_fraction=fraction, seed=seed)
-    params = Params(prepare=prepare)
+    params = Params(prepare=prepare, publish=PublishConfig(name="a"))
     assert load(tmp_path_factory.mktemp("params"), render_params(params)) == params
 
 
@@ -170,6 +183,21 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
         ("pretrain: {source: folder, location: a, labels: {a: 3}}", "`pretrain.labels.a` has 3 where text is expected; put it in quotes"),
         ("finetune: {precision: fp8}", "`finetune.precision` is 'fp8': Input should be 'float32' or 'bf16'"),
         ("pretrain: {beta_start: 0.5}", "`beta_start` 0.5 must not exceed `beta_end` 0.02"),
+        (
+            "prepare: {side: 9}",
+            "`pretrain.vae.channels` [16, 32] halves the side 1 times, but 9 px cannot be halved so often; "
+            "use fewer widths, or make `prepare.side` a multiple of 2",
+        ),
+        ("prepare: {side: 12}\npretrain: {dit: {patch: 4}}", "`pretrain.dit.patch` 4 does not divide the latent side 6; use a divisor"),
+        ("finetune: {balanced: true}", "`finetune.balanced` needs a batch size that is a multiple of the 10 classes, not 32"),
+        ("prepare: {classes: ['0', '1', '2']}\nfinetune: {balanced: true}", "a multiple of the 3 classes, not 32"),
+        (
+            "sample: {images_per_class: 132}\nevaluate: {images_per_class: [132]}",
+            "`evaluate.images_per_class` asks for 132, but no class of digits has more than 131 training images",
+        ),
+        ("evaluate: {students: [convnet-2, convnet-4]}", "student 'convnet-4' needs images of at least 16 px, these have 8 px"),
+        ("evaluate: {students: [resnet-18]}", "student 'resnet-18' needs images of at least 16 px, these have 8 px"),
+        ("prepare: {source: folder, location: a}", "`publish.name` is null, but images of a folder have no name of their own"),
         ("sample: [", "not valid YAML (line 1: "),
         ("sample:\n  steps: 3\n  steps: 4\n", 'not valid YAML (line 3: found duplicate key "steps"'),
         ("a: 1\n---\nb: 1\n", "not valid YAML (line 2: "),
@@ -199,6 +227,27 @@ def test_a_store_with_or_without_encryption_is_taken(text, tmp_path):
 
 def test_only_the_preset_that_means_nothing_is_published_unproven():
     assert {name: preset(name).publish.gate for name in PRESETS} == dict.fromkeys(PRESETS, "val-gain") | {"tiny": "off"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sample: {images_per_class: 132}\nevaluate: {images_per_class: [132], baselines: [full]}",
+        "sample: {images_per_class: 131}\nevaluate: {images_per_class: [131]}",
+        "prepare: {source: fashion-mnist, side: 28}\nevaluate: {students: [convnet-5]}",
+        "prepare: {side: 9}\npretrain: {source: folder, location: a}",
+        "prepare: {source: folder, location: a}\nfinetune: {balanced: true}\npublish: {name: mine}",
+    ],
+    ids=["no real images are drawn", "as many as there are", "padded to 32", "another generator", "classes that are not known"],
+)
+def test_what_may_go_together_is_taken(text, tmp_path):
+    load(tmp_path, text)
+
+
+def test_the_largest_class_of_the_digits_is_as_known():
+    from sklearn.datasets import load_digits
+
+    assert max(Counter(load_digits().target.tolist()).values()) == LARGEST_CLASS["digits"]
 
 
 def test_all_wrong_knobs_are_named_at_once(tmp_path):
@@ -302,7 +351,7 @@ def test_a_location_holds_no_credentials(tmp_path, section, location):
     ["data", "s3://bucket/a", "https://host/data", "dvc+https://host/r.git?rev=main&path=a", "dvc+ssh://git@host/r.git?rev=main&path=a", "a@b?c"],
 )
 def test_other_locations_are_taken(tmp_path, location):
-    (tmp_path / "params.yaml").write_text(f"prepare: {{source: folder, location: '{location}'}}\n")
+    (tmp_path / "params.yaml").write_text(f"prepare: {{source: folder, location: '{location}'}}\npublish: {{name: a}}\n")
     assert load_params(tmp_path / "params.yaml").prepare.location == location
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chains import contents
-from diffstill.config import Params
+from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError
 from diffstill.networks import (
     LABEL_ROWS,
@@ -285,9 +285,9 @@ def test_refusals(generator: Generator, tmp_path: Path) -> None:
         apply_delta(generator.transformer, {"unknown.weight": torch.zeros(1)})
     with pytest.raises(DiffstillError, match="cannot be halved"):
         build_vae(PRETRAIN, 1, 9)
-    odd = Params.model_validate_json(json.dumps({"pretrain": {"dit": {"patch": 3}}})).pretrain
+    odd = PretrainConfig.model_validate_json(json.dumps({"dit": {"patch": 3}}))
     with pytest.raises(DiffstillError, match="does not divide"):
-        build_transformer(odd, 3, 4)
+        build_vae(odd, 1, 8)
     save_generator(generator, tmp_path, ["a", "b", "c"])
     stock = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer", low_cpu_mem_usage=False)
     with torch.no_grad():

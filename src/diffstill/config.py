@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.names import composed, is_name
-from diffstill.protocols import NAMED, SHORT, protocol
+from diffstill.protocols import NAMED, SHORT, protocol, student_misfit
 
 
 def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -70,6 +71,12 @@ CLASSES: Mapping[str, int] = {
     "imagenet1k": 1000,
 }
 """How many classes a dataset has, where that is known without reading it."""
+LARGEST_CLASS: Mapping[str, int] = {
+    **dict.fromkeys(CLASSES, 1300),
+    "digits": 183,
+    "fashion-mnist": 6000,
+}
+"""Training images of a dataset's largest class, as they are published."""
 LONGEST_YAML = 2**18
 """Bytes of a file of parameters, which take some seconds to parse: ten times what a thousand classes need."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -189,6 +196,19 @@ class PretrainConfig(Section):
             raise ValueError(f"`beta_start` {self.beta_start} must not exceed `beta_end` {self.beta_end}")
         return self
 
+    def latent_side(self, side: int) -> int:
+        """Pixels per side of the small autoencoder's latents. `DiffstillError` if images of `side` px cannot be halved, or latents be cut so."""
+        halved, patch = len(self.vae.channels) - 1, self.dit.patch
+        if side % 2**halved:
+            raise DiffstillError(
+                f"`pretrain.vae.channels` {list(self.vae.channels)} halves the side {halved} times, but {side} px cannot be halved so often; "
+                f"use fewer widths, or make `prepare.side` a multiple of {2**halved}"
+            )
+        latent = side >> halved
+        if latent % patch:
+            raise DiffstillError(f"`pretrain.dit.patch` {patch} does not divide the latent side {latent}; use a divisor")
+        return latent
+
 
 class EncodeConfig(Section):
     """Posterior moments of every training image, computed once."""
@@ -244,6 +264,14 @@ class FinetuneConfig(Section):
     gradient_checkpointing: bool = Field(False, description="compute activations twice rather than keep them: slower, less memory")
     threads: Count = Field(1, description="CPU threads; another number may change rounding")
     checkpoint_every: Count = Field(500, description="at least so many steps between checkpoints from which a killed run goes on")
+
+    def refuse_unbalanced(self, classes: int) -> None:
+        """Raise `DiffstillError` if batches with as many images of each class are asked for, and `batch_size` does not allow them."""
+        if self.balanced and self.batch_size % classes:
+            raise DiffstillError(
+                f"`finetune.balanced` needs a batch size that is a multiple of the {classes} classes, not {self.batch_size}; "
+                "change `finetune.batch_size`"
+            )
 
 
 class SampleConfig(Section):
@@ -357,11 +385,46 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _fitting_protocol(self) -> Self:
-        own = self.prepare.classes
-        classes = len(own) if own else CLASSES.get(self.prepare.source)
-        if misfit := protocol(self.evaluate.protocol).misfit(self.prepare.side, classes):
+        if misfit := protocol(self.evaluate.protocol).misfit(self.prepare.side, self._classes):
             raise ValueError(misfit)
         return self
+
+    @model_validator(mode="after")
+    def _fitting_images(self) -> Self:
+        """What a stage would find out hours later: sides, classes and numbers that do not go together."""
+        if self.pretrain.source == "scratch":
+            self.pretrain.latent_side(self.prepare.side)
+        side = protocol(self.evaluate.protocol).side or self.prepare.side
+        for student in self.evaluate.students:
+            if misfit := student_misfit(student, side, self.prepare.channels):
+                raise ValueError(misfit)
+        if self._classes:
+            self.finetune.refuse_unbalanced(self._classes)
+        wanted, most = max(self.evaluate.images_per_class), self._most_per_class()
+        if "random" in self.evaluate.baselines and wanted > most:
+            raise ValueError(
+                f"`evaluate.images_per_class` asks for {wanted}, but no class of {self.prepare.source} has more than {most} training images; "
+                "lower it, or leave `random` out of `evaluate.baselines`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.prepare.source == "folder" and self.publish.name is None:
+            raise ValueError("`publish.name` is null, but images of a folder have no name of their own; set it, like distilled-flowers")
+        return self
+
+    @property
+    def _classes(self) -> int | None:
+        """How many there are, where that is known."""
+        return len(self.prepare.classes) if self.prepare.classes else CLASSES.get(self.prepare.source)
+
+    def _most_per_class(self) -> float:
+        """Training images that the largest class can have, once val and, where the data bring none, test are cut off."""
+        left: float = LARGEST_CLASS.get(self.prepare.source, math.inf)
+        for share in (self.prepare.test_fraction if self.prepare.source == "digits" else 0.0, self.prepare.val_fraction):
+            left -= round(share * left) if left < math.inf else 0
+        return left
 
     def section(self, stage: str) -> Section:
         """The section of that stage."""
@@ -403,6 +466,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "folder": {
         "prepare": {"source": "folder", "location": "data", "side": 32, "channels": None, "flip": True},
+        "publish": {"name": "distilled-data"},
         "pretrain": {
             "vae": {"channels": [16, 32, 64], "steps": 2000, "learning_rate": 1e-3},
             "dit": {"layers": 6, "heads": 6, "patch": 1, "steps": 10000, "learning_rate": 5e-4},

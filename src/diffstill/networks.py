@@ -176,12 +176,9 @@ def refuse_unsound(values: Tensor, bound: float, what: str, fix: str) -> None:
 
 
 def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:
-    """A small AutoencoderKL for images of `channels` x `side` x `side`. `DiffstillError` if the side cannot be halved so often."""
+    """A small AutoencoderKL for images of `channels` x `side` x `side`. `DiffstillError` if the side does not fit `config`."""
     widths = config.vae.channels
-    if side % 2 ** (len(widths) - 1):
-        raise DiffstillError(
-            f"`pretrain.vae.channels` {list(widths)} halves the side {len(widths) - 1} times, but {side} px cannot be halved so often; use fewer widths"
-        )
+    config.latent_side(side)
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
@@ -196,9 +193,7 @@ def build_vae(config: PretrainConfig, channels: int, side: int) -> Any:
 
 
 def build_transformer(config: PretrainConfig, classes: int, latent_side: int) -> Any:
-    """A small DiT with one shared embedder. `DiffstillError` if the patch does not divide the latent side."""
-    if latent_side % config.dit.patch:
-        raise DiffstillError(f"`pretrain.dit.patch` {config.dit.patch} does not divide the latent side {latent_side}; use a divisor")
+    """A small DiT with one shared embedder, for latents of `build_vae`."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=config.dit.heads,
         attention_head_dim=config.dit.head_dim,

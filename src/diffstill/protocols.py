@@ -103,6 +103,29 @@ SHORT = r"short-([1-9]\d{0,6})"
 KNOWN = f"{', '.join(NAMED)}, or short-<steps>"
 
 
+PADDED_SIDE = 28
+"""Grey images of this side (MNIST's) are padded to 32 by the field's ConvNet."""
+RESNET_MIN_SIDE = 16
+
+
+def student_misfit(name: str, side: int, channels: int | None) -> str | None:
+    """Why images of `side` px are too small for a student, as its name says; None: they are not.
+
+    Where `channels` are not known (None) they may be grey.
+    """
+    what = "its last instance norm would see a single pixel"
+    if match := re.fullmatch(r"convnet-([1-9]\d?)", name):
+        padded = side + 4 if side == PADDED_SIDE and channels != 3 else side
+        if 2 ** int(match[1]) > padded:
+            return (
+                f"student {name!r} needs images of at least {2 ** int(match[1])} px, these have "
+                f"{side} px ({what}); use convnet-{padded.bit_length() - 1} or fewer"
+            )
+    if name in ("resnetap-10", "resnet-18") and side < RESNET_MIN_SIDE:
+        return f"student {name!r} needs images of at least {RESNET_MIN_SIDE} px, these have {side} px ({what}); raise `prepare.side` or use a convnet"
+    return None
+
+
 def protocol(name: str) -> Protocol:
     """The protocol of that name; a `DiffstillError` lists the known ones otherwise."""
     if name in NAMED:

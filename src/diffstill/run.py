@@ -313,6 +313,10 @@ def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
         raise DiffstillError(
             "`sample.classes` is for `diffstill sample` alone, a whole chain judges all classes; set it to null, or use `prepare.classes`"
         )
+    from diffstill.students import refuse_unknown
+
+    for student in params.evaluate.students:  # all of them, before the first is trained
+        refuse_unknown(student)
     for step in chain(params):
         if _is_current(step, params, root):
             log.info("%s is up to date", step.name)

@@ -24,14 +24,13 @@ from torch.nn import functional as F
 
 from diffstill.draws import Purpose, seed_of, seeded
 from diffstill.errors import DiffstillError
-from diffstill.protocols import Protocol
+from diffstill.protocols import PADDED_SIDE, Protocol, student_misfit
 
 Pixels = npt.NDArray[np.uint8] | Tensor
 Labels = npt.NDArray[np.int64] | Tensor
 
 CONVNET_WIDTH = 128
 RESNET_WIDTHS = (64, 128, 256, 512)
-RESNET_MIN_SIDE = 16
 SMALL_GREY_SIDE = 64
 
 CROP_AREA = (0.5, 1.0)
@@ -61,12 +60,13 @@ def build_student(name: str, *, classes: int, channels: int, side: int, seed: in
     Names: `convnet-<depth>`, `resnetap-10`, `resnet-18` (all with instance norm), or any timm architecture, without pretrained weights.
     Raises `DiffstillError` on an unknown name and on images too small for the network.
     """
+    if misfit := student_misfit(name, side, channels):
+        raise DiffstillError(misfit)
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(Purpose.STUDENT_WEIGHTS, seed))
         if match := re.fullmatch(r"convnet-([1-9]\d?)", name):
             return _convnet(int(match[1]), classes, channels, side)
         if name in ("resnetap-10", "resnet-18"):
-            _refuse_small(name, side)
             build = _resnetap_10 if name == "resnetap-10" else _resnet_18
             return _with_normal_convolutions(build(classes, channels, side))
         return _timm_model(name, classes, channels, side)
@@ -92,27 +92,14 @@ def _convnet(depth: int, classes: int, channels: int, side: int) -> nn.Module:
 
     The first layer pads a grey image of 28 px to 32, as the field's code does.
     """
-    first_padding = 3 if (channels, side) == (1, 28) else 1
+    first_padding = 3 if (channels, side) == (1, PADDED_SIDE) else 1
     side += 2 * (first_padding - 1)
-    if 2**depth > side:
-        raise DiffstillError(
-            f"student 'convnet-{depth}' needs images of at least {2**depth} px, these have {side} px (its last instance norm would see a single pixel); "
-            f"use convnet-{side.bit_length() - 1} or fewer"
-        )
     layers: list[nn.Module] = []
     for block in range(depth):
         width_in, padding = (CONVNET_WIDTH, 1) if block else (channels, first_padding)
         convolution = nn.Conv2d(width_in, CONVNET_WIDTH, 3, padding=padding)
         layers += [convolution, _instance_norm(CONVNET_WIDTH), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(CONVNET_WIDTH * (side >> depth) ** 2, classes))
-
-
-def _refuse_small(name: str, side: int) -> None:
-    if side < RESNET_MIN_SIDE:
-        raise DiffstillError(
-            f"student {name!r} needs images of at least {RESNET_MIN_SIDE} px, these have {side} px (its last instance norm would see a single pixel); "
-            "raise `prepare.side` or use a convnet"
-        )
 
 
 class _BasicBlock(nn.Module):
@@ -170,8 +157,7 @@ def _timm_model(name: str, classes: int, channels: int, side: int) -> nn.Module:
     from diffstill import torchvision_shim  # noqa: F401, I001  (must stand before timm)
     import timm
 
-    if name not in timm.list_models():
-        raise DiffstillError(_unknown_student(name, timm.list_models()))
+    refuse_unknown(name)
     resizable = {"img_size": side} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     try:
         student: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes, **resizable)
@@ -193,6 +179,17 @@ def _without_dropout(student: nn.Module, drop_path: type[Any]) -> nn.Module:
         elif isinstance(module, drop_path):
             module.drop_prob = 0.0
     return student
+
+
+def refuse_unknown(name: str) -> None:
+    """Raise `DiffstillError` if there is no student of that name, with those that are near."""
+    if re.fullmatch(r"convnet-([1-9]\d?)|resnetap-10|resnet-18", name):
+        return
+    from diffstill import torchvision_shim  # noqa: F401, I001  (must stand before timm)
+    import timm
+
+    if name not in timm.list_models():
+        raise DiffstillError(_unknown_student(name, timm.list_models()))
 
 
 def _unknown_student(name: str, known: list[str]) -> str:

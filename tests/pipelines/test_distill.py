@@ -292,17 +292,6 @@ def test_a_run_that_does_not_publish_differs_in_what_it_asks_for_alone():
     assert silent["publish"] == ""
 
 
-def test_a_version_without_a_name_is_refused_before_the_run():
-    values = preset("tiny").plain()
-    values["prepare"] |= {"source": "folder", "location": "s3://bucket/images"}
-    nameless = Params.model_validate_json(json.dumps(values))
-    with pytest.raises(DiffstillError, match=r"`publish.name` is null"):
-        arguments(nameless, None, ShardsConfig(), publish=True)
-    assert arguments(nameless, None, ShardsConfig())["publish"] == ""
-    values["publish"]["name"] = "distilled-flowers"
-    assert json.loads(arguments(Params.model_validate_json(json.dumps(values)), None, ShardsConfig(), publish=True)["publish"])["name"]
-
-
 def test_the_preflight_asks_for_no_more_than_its_pod_gets():
     """It stands where fine-tuning will: what another stage has more is not there."""
     values = yaml.safe_load((ROOT / "pipelines" / "settings.yaml").read_text())

@@ -167,10 +167,7 @@ class FineTuning:
         self.config, self.seed, self.data, self.ranks = config, seed, data, ranks
         self.steps = config.steps if config.epochs is None else config.epochs * len(data.labels) // config.batch_size or 1
         self.mine = ranks.rows(config.batch_size)
-        if config.balanced and config.batch_size % data.classes:
-            raise DiffstillError(
-                f"`finetune.balanced` needs a batch size that is a multiple of the {data.classes} classes, not {config.batch_size}; change `finetune.batch_size`"
-            )
+        config.refuse_unbalanced(data.classes)
         self.names = list(chosen := choose_trainable(opened.transformer, config.trainable))
         self.opened = opened.accelerate(config.precision, compiled=config.compile, checkpointing=config.gradient_checkpointing)
         self.opened.parallel = ranks.wrap(opened.transformer)
