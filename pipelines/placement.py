@@ -44,8 +44,9 @@ class Placement:
         self._environment(task, resources)
         if name == "publish" and self.images.by_digest:
             task.set_env_variable("DIFFSTILL_IMAGE", task.container_spec.image)  # for a tag of the version
-        if resources.timeout_minutes:
-            kubernetes.set_timeout(task, 60 * resources.timeout_minutes)
+        if resources.timeout_minutes:  # the launcher of a TrainJob waits in the queue with it, whose own time begins when it is admitted
+            queueing = WAITING if name == "finetune" and self.infra.trainjob and self.infra.queue else 0
+            kubernetes.set_timeout(task, 60 * resources.timeout_minutes + queueing)
         if resources.retries and name != "preflight":
             _retry(task, resources)
         return task

@@ -28,7 +28,9 @@ Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 """An amount as Kubernetes writes it, like 500m or 64Gi."""
 OWN = tuple(f"DIFFSTILL_{name}" for name in ("CACHE", "CHAIN", "DEVICE", "IMAGE", "RANKS", "TRAINJOB", "WORK"))
-RESERVED = ("PATH", "HOME", "PYTHONPATH", "HF_HOME", *OWN)
+TORCHRUN = tuple(f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"))
+"""Trainer's own, and refused in a TrainJob."""
+RESERVED = ("PATH", "HOME", "PYTHONPATH", "HF_HOME", "KFP_POD_NAME", "KFP_POD_UID", *OWN, *TORCHRUN)
 Shards = Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
 
 

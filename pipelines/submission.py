@@ -14,7 +14,7 @@ from diffstill.errors import DiffstillError
 from diffstill.tracking import git_sha
 from pipelines.client import Arguments
 from pipelines.connection import find_host
-from pipelines.distill import arguments
+from pipelines.distill import arguments, literal
 from pipelines.package import write_package
 from pipelines.settings import Settings
 
@@ -43,7 +43,7 @@ class Submission:
         asked, weights = self.asked, (self.asked.pretrain.location, self.asked.pretrain.autoencoder)
         unpinned: dict[str, str] = {}
         if asked.prepare.location:
-            unpinned = {"prepare": asked.prepare.canonical(), "params": asked.canonical(), "data_version": CURRENT_TIME}
+            unpinned = {"prepare": literal(asked.prepare.canonical()), "params": literal(asked.canonical()), "data_version": CURRENT_TIME}
         if any(place and place.startswith("s3://") for place in weights):
             unpinned["weights_version"] = CURRENT_TIME
         return replace(self, arguments={**self.arguments, **unpinned})
@@ -109,6 +109,10 @@ def _refuse_weights(params: Params) -> None:
             raise DiffstillError(
                 f"`pretrain.{name}` {place!r} is a path of this machine, which the pods of a cluster do not see; "
                 f"upload the folder and name it as s3://<bucket>/<prefix> or {references.HUB_FORM}{or_else}"
+            )
+        if place and place.startswith("s3://") and place.endswith((".pt", ".pth", ".safetensors")):
+            raise DiffstillError(
+                f"`pretrain.{name}` {place!r} names a file, and what is fetched lies below a prefix; give {place.rpartition('/')[0]!r}, with this file in it"
             )
 
 

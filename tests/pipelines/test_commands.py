@@ -195,9 +195,10 @@ def test_weights_on_the_hub_are_pinned_and_those_of_this_machine_refused(monkeyp
         found = pinned(Params.model_validate_json(json.dumps(values)), allow_unpushed=False).pretrain
     assert (found.location, found.autoencoder) == (f"hf://someone/DiT@{'a' * 40}", f"hf://someone/DiT@{'b' * 40}")
     settings = load_settings(SETTINGS)
-    for name, place in (("location", "models/dit"), ("autoencoder", "models/vae")):
+    wrong = [("location", "models/dit", "path of this machine"), ("autoencoder", "models/vae", "path of this machine")]
+    for name, place, said in [*wrong, ("location", "s3://models/DiT.pt", "names a file, .* give 's3://models'")]:
         values["pretrain"] |= {"location": "s3://models/dit", "autoencoder": None, name: place}
-        with pytest.raises(DiffstillError, match=rf"`pretrain.{name}` 'models/"):
+        with pytest.raises(DiffstillError, match=rf"`pretrain.{name}` '{place}' .*{said}"):
             prepare(
                 Params.model_validate_json(json.dumps(values)), settings, load_images(allow_tag=True), name=None, caching=True, publish=False,
                 allow_unpushed=True,

@@ -429,7 +429,7 @@ def test_with_a_trainjob_the_task_is_a_small_pod_that_knows_what_to_make(launche
     assert (container["resources"]["resourceCpuLimit"], container["resources"]["resourceMemoryLimit"]) == ("1", "4Gi")
     assert kubernetes["podMetadata"]["labels"] == named("finetune"), "it waits in no queue"
     assert "emptyDirMounts" not in kubernetes
-    assert kubernetes["activeDeadlineSeconds"] == str(1440 * 60)
+    assert kubernetes["activeDeadlineSeconds"] == str(1440 * 60 + 30 * 86400), "it waits in the queue with its TrainJob"
     assert [mount["mountPath"] for mount in kubernetes["pvcMount"]] == ["/var/diffstill-shared", "/var/diffstill"]
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert set(environment) == {"DIFFSTILL_TRAINJOB", "DIFFSTILL_WORK"}

@@ -18,7 +18,7 @@ import kubernetes_server
 from components.images import load_images
 from diffstill.config import Params, preset
 from diffstill.launch import Work
-from diffstill.trainjob import _completed
+from diffstill.trainjob import RIGHTS, _completed
 from pipelines.nodes import order
 from pipelines.package import write_package
 from pipelines.settings import Settings, load_settings
@@ -77,7 +77,7 @@ def sent(tmp_path_factory):
     first, second = ({each["kind"]: each for each in compiled(one, "manifests.yaml", kubernetes=True)} for one in (given, other))
     values = preset("tiny").plain()
     values["prepare"] |= {"source": "folder", "location": "https://example.org/data.tar", "classes": None}
-    values["publish"] |= {"name": "distilled-flowers"}
+    values["publish"] |= {"name": "distilled-flowers", "note": "{{$}} $(HOME) [[RunUUID]]"}
     run = prepare(Params.model_validate_json(json.dumps(values)), given, images, name=None, caching=True, publish=True, allow_unpushed=True)
     work = Work(stage="finetune", config="{}", step="finetune", paths={})
     job = _completed(order(given.infra, given.infra.trainjob, images.gpu).job, f"finetune-{16 * 'f'}", work)
@@ -135,6 +135,17 @@ def a_trainjob_is_named_like_its_pods_services(sent):
     assert len(f"{name}-node-0-{sent.trainjob['spec']['trainer']['numNodes'] - 1}-abcde") <= 63
 
 
+def a_trainjob_is_never_changed(_sent):
+    """What patches a runtime may be changed while the TrainJob is suspended alone."""
+    assert {verb for right in RIGHTS if right.resource == "trainjobs" for verb in right.verbs} == {"create", "get", "delete"}
+
+
+def a_trainjob_waits_as_long_as_it_may(sent):
+    """Its own deadline begins anew when a queue admits it; that of the pod that follows it does not."""
+    (launcher,) = (pod for name, pod in sent.pods().items() if "finetune" in name)
+    assert int(launcher["activeDeadlineSeconds"]) > sent.trainjob["spec"]["activeDeadlineSeconds"] + 7 * 86400
+
+
 def a_version_is_never_changed(sent):
     names = [found["PipelineVersion"]["metadata"]["name"] for found in (sent.manifests, sent.changed)]
     specs = [found["PipelineVersion"]["spec"]["pipelineSpec"] for found in (sent.manifests, sent.changed)]
@@ -151,6 +162,18 @@ def names_are_such_as_the_api_takes(sent):
     for manifest in sent.manifests.values():
         assert re.fullmatch(kubernetes_server.SUBDOMAIN, manifest["metadata"]["name"])
         assert len(manifest["metadata"]["name"]) <= 63, "the webhook makes a label of it"
+
+
+def no_parameter_holds_a_placeholder(sent):
+    """The driver resolves them in every value."""
+    texts = [value for name, value in sent.arguments.items() if isinstance(value, str) and not name.endswith("_version")]
+    assert any("RunUUID" in text for text in texts)
+    assert not any(re.search(r"\{\{|\$|\[\[[A-Z]", text) for text in texts)
+
+
+def nothing_is_imported(sent):
+    """Its launcher opens the store with the SDK's own session, whatever endpoint the pods have."""
+    assert all("importer" not in executor for executor in sent.spec["deploymentSpec"]["executors"].values())
 
 
 def labels_are_short(sent):
@@ -172,10 +195,14 @@ RULES: list[tuple[str, str, Callable[[Sent], None]]] = [
     (ARGO, "workflow/controller/operator.go", pauses_are_as_long_as_the_settings_allow),
     (KFP, "backend/src/common/util/parameter_formatter.go", macros_are_those_that_a_run_fills_in),
     (TRAINER, "pkg/runtime/framework/plugins/jobset/jobset.go, plugins/torch/torch.go", the_webhook_takes_the_trainjob),
+    (TRAINER, "pkg/runtime/framework/plugins/jobset/jobset.go", a_trainjob_is_never_changed),
+    (TRAINER, "pkg/apis/trainer/v1alpha1/trainjob_types.go", a_trainjob_waits_as_long_as_it_may),
     (TRAINER, "pkg/webhooks/trainjob_webhook.go", a_trainjob_is_named_like_its_pods_services),
     (KFP, "backend/src/apiserver/webhook/pipelineversion_webhook.go", a_version_is_never_changed),
     (KFP, "backend/src/apiserver/webhook/pipelineversion_webhook.go", versions_belong_to_the_pipeline_beside_them),
     (KFP, "backend/src/apiserver/common/util.go", names_are_such_as_the_api_takes),
+    (KFP, "backend/src/v2/driver/driver.go", no_parameter_holds_a_placeholder),
+    (KFP, "backend/src/v2/component/importer_launcher.go", nothing_is_imported),
     (KUBERNETES, "staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go", labels_are_short),
 ]
 
