@@ -74,6 +74,19 @@ def test_the_variational_term_is_that_of_the_equations(t: list[int]) -> None:
     assert variational_loss(output, x0, x_t, steps, ABAR).item() == pytest.approx(slow_variational_bits(output, x0, x_t, steps), rel=1e-6)
 
 
+@pytest.mark.parametrize("clean", [-1.2, -0.3, 0.4, 1.2])
+@pytest.mark.parametrize("error", [-5.5, -4.5, 4.5, 5.5, 300.0])
+def test_a_wrong_prediction_of_the_last_step_costs_its_true_bits(clean: float, error: float) -> None:
+    """Chances from 1e-4 to 1e-12 in each of the three kinds of bins, and the bound of 1e-12 beyond."""
+    t, x0 = torch.tensor([0]), torch.full((1, 1, 1, 1), clean, dtype=torch.float64)
+    x_t = add_noise(x0, torch.zeros_like(x0), ABAR[t])
+    output = torch.tensor([error, -0.5], dtype=torch.float64).reshape(1, 2, 1, 1)
+    expected = slow_variational_bits(output, x0, x_t, t)
+    assert variational_loss(output, x0, x_t, t, ABAR).item() == pytest.approx(expected, rel=1e-5)
+    in_the_tail = abs(clean) < 1 or (error < 0) == (clean < 0)  # an open bin lies on one side
+    assert (12 < expected < -math.log2(0.99e-12)) == in_the_tail
+
+
 def test_the_variational_term_teaches_the_variance_alone_and_is_least_where_it_is_right() -> None:
     draws = torch.Generator().manual_seed(4)
     x0, eps = torch.randn(2, 2000, 1, 1, 1, generator=draws, dtype=torch.float64)

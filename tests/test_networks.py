@@ -94,6 +94,19 @@ def test_one_embedder_is_shared_and_counts_once(generator: Generator) -> None:
     assert sum(weight.numel() for weight in generator.transformer.parameters()) == embedder + 2 * block + ends
 
 
+def test_a_fresh_transformer_predicts_no_noise_and_every_block_passes_its_input_on() -> None:
+    """adaLN-Zero: all gates and the output are closed at first, everything else is open."""
+    fresh = build_transformer(PRETRAIN, 3, 4)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block in fresh.transformer_blocks:
+        block.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+    x, t, labels = batch()
+    assert not fresh(x, timestep=t, class_labels=labels).sample.any()
+    assert len(seen) == 2
+    assert all(torch.equal(before, after) and before.any() for before, after in seen)
+    assert dict(fresh.named_parameters())[LABEL_TABLE].std().item() == pytest.approx(1, abs=0.2)
+
+
 def test_labels_are_never_dropped_behind_our_back(generator: Generator) -> None:
     assert not generator.transformer.training
     first, second = generator.predict(*batch()), generator.predict(*batch())

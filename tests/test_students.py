@@ -478,6 +478,26 @@ def test_resized_images_against_pillow():
         assert np.abs(small.transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
 
+def test_colours_change_as_much_as_they_should():
+    """Images of one colour, which no crop changes: the variances that follow from the strengths, whatever the order of the changes."""
+    rows = torch.tensor(((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203)))  # ImageNet's principal components
+    lit = rows * torch.tensor((0.2175, 0.0188, 0.0045)) * 0.1
+
+    def changed(*colour):
+        images = augment(torch.tensor(colour).view(1, 3, 1, 1).expand(6000, 3, 16, 16), flip=True, generator=generator())
+        return images[:, :, 8, 8]
+
+    torch.testing.assert_close(changed(0.0, 0.0, 0.0).T.cov(), lit @ lit.T, rtol=0.07, atol=1e-7)  # black stays black but for the lighting
+    grey, spread = changed(0.5, 0.5, 0.5), 0.8**2 / 12  # of a factor drawn from 0.6 to 1.4
+    assert grey.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert grey[:, 0].var().item() == pytest.approx(0.5**2 * spread + lit[0].square().sum().item(), rel=0.05)  # brightness
+    tint = changed(0.5, 0.4, 0.4)
+    difference = tint[:, 0] - tint[:, 1]
+    assert difference.mean().item() == pytest.approx(0.1, abs=0.002)
+    lighting_of_both = (lit[0] - lit[1]).square().sum().item()
+    assert difference.var().item() == pytest.approx(0.1**2 * ((1 + spread) ** 3 - 1) + lighting_of_both, rel=0.1)  # all three of them
+
+
 # CutMix
 
 

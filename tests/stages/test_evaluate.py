@@ -208,6 +208,15 @@ def test_by_default_random_real_is_drawn_ten_times(images, tmp_path):
     assert [line["generation_seed"] for line in read(tmp_path / "scores")] == list(range(10))
 
 
+def test_random_images_of_one_class_say_nothing_of_those_of_another():
+    """Whatever the seed: a permutation for each class, though all classes are alike."""
+    train = np.arange(120, dtype=np.uint8).reshape(120, 1, 1, 1), np.arange(120) % 4
+    for seed in range(3):
+        pixels, own = _random(train, 4, 30, seed)
+        orders = {tuple(pixels[own == label].flatten() // 4) for label in range(4)}
+        assert len(orders) == 4
+
+
 def test_one_student_of_several(images, tmp_path):
     both = config(students=("convnet-1", "convnet-2"), baselines=("full",), student_seeds=(0,))
     evaluate(both, images=images, scores=tmp_path / "both")

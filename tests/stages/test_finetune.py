@@ -132,6 +132,13 @@ def test_a_learned_variance_is_trained_with_weight_one(tiny_chain: Chain, tmp_pa
     assert gradient.reshape(2, 2, 8)[..., 4:].abs().min() > 0  # that of the variance
 
 
+def test_the_bound_on_the_noise_is_exclusive_and_asks_for_a_label_too(tiny_chain: Chain) -> None:
+    t, dropped = torch.tensor([0, 399, 400, 401, 0, 399]), torch.tensor([False] * 4 + [True] * 2)
+    for bound, usable in ((400, [0, 1]), (1, [0]), (None, [0, 1, 2, 3])):
+        run = tuning(tiny_chain, max_timestep=bound, batch_size=6)
+        assert run._usable(replace(run.draw(0), t=t, dropped=dropped)).tolist() == usable
+
+
 def test_draws_are_spread_as_the_settings_say(tiny_chain: Chain) -> None:
     """Labels dropped as often as asked for, all timesteps, both views, a posterior sample and not its mean."""
     run = tuning(tiny_chain, batch_size=4000, label_drop=0.2)

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from chains import Chain, contents
 from diffstill import torchvision_shim  # noqa: F401
-from diffstill.artifacts import open_artifact
+from diffstill.artifacts import open_artifact, to_pixels
 from diffstill.config import Params, SampleConfig
 from diffstill.errors import DiffstillError
-from diffstill.networks import Generator
+from diffstill.networks import Generator, apply_delta, open_generator
+from diffstill.pictures import read_png
 from diffstill.stages.finetune import finetune
-from diffstill.stages.sample import sample
+from diffstill.stages.sample import _Slot, sample
 
 
 def draw(chain: Chain, folder: Path, *, tuned: bool = True, denoiser: Path | None = None, **changes: Any) -> dict[str, str]:
@@ -83,6 +85,27 @@ def test_a_set_of_one_colour_is_refused_and_one_such_image_is_not(tiny_chain: Ch
     with pytest.raises(DiffstillError, match="every image of seed 0 is of one colour"):
         draw(tiny_chain, tmp_path / "blank")
     assert not (tmp_path / "blank").exists()
+
+
+@pytest.mark.parametrize(("sampler", "guidance", "another"), [("ddpm", 20.0, 1.0), ("ddim", 1.0, 20.0), ("dpm++", 10.0, 20.0)])
+def test_every_image_is_drawn_alone_as_the_settings_say(tiny_chain: Chain, tmp_path: Path, sampler: str, guidance: float, another: float) -> None:
+    """Class, noise, fine-tune, sampler, steps and guidance; another guidance gives another image."""
+    written = draw(tiny_chain, tmp_path / "set", sampler=sampler, guidance=guidance, steps=7, chunk_size=5)
+    opened = open_generator(open_artifact(tiny_chain.artifacts / "generator", "generator"))
+    apply_delta(opened.transformer, load_file(tiny_chain.artifacts / "denoiser" / "seed-0" / "delta.safetensors"))
+    noises = set()
+    for name in written:
+        seed, label, number = (int(part.removeprefix("seed-").removesuffix(".png")) for part in name.split("/"))
+        slot = _Slot(seed=seed, label=label, number=number)
+        noises.add(slot.generator().initial_seed())
+        image = read_png(tmp_path / "set" / name).astype(int)
+        alone, other = (
+            to_pixels(opened.draw([label], [slot.generator()], sampler=sampler, steps=7, guidance=scale).numpy()).astype(int)[0]
+            for scale in (guidance, another)
+        )
+        assert np.abs(image - alone).max() <= 1  # another batch size may change rounding
+        assert np.abs(image - other).max() > 1
+    assert len(noises) == len(written)  # no noise is that of another seed, class or number
 
 
 def test_images_differ_between_seeds_numbers_and_denoisers(tiny_chain: Chain, tmp_path: Path) -> None:
