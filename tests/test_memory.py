@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +74,31 @@ def test_of_equally_redundant_entries_the_oldest_leaves() -> None:
     vectors = torch.eye(6)[[4, 2, 0, 5]]  # all at right angles: equally redundant
     memory.add(vectors, torch.zeros(4, dtype=torch.long))
     assert torch.equal(contents(memory, 0), vectors[1:])
+
+
+@pytest.mark.parametrize(("more", "leaver"), [(5e-7, 0), (1e-4, 1)])
+def test_redundancies_are_equal_up_to_a_millionth(more: float, leaver: int) -> None:
+    """cos(a, c) is 0.5 and cos(b, c) `more` than that: b is the most redundant, unless that is rounding."""
+    b = (0.9, math.sqrt(1 - 0.9**2), 0.0)
+    y = (0.5 + more - 0.9 * 0.5) / b[1]
+    vectors = torch.tensor([[1.0, 0.0, 0.0], b, [0.5, y, math.sqrt(1 - 0.5**2 - y**2)]])
+    memory = ClassMemory(1, 2, 3, "redundancy")
+    memory.add(vectors, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(contents(memory, 0), vectors[[one for one in range(3) if one != leaver]])
+
+
+def test_the_oldest_of_many_equals_leaves() -> None:
+    """Whatever the order in which similarities are summed: 65 directions, each at the same angle to all others."""
+    memory = ClassMemory(1, 64, 66, "redundancy")
+    vectors = torch.cat([torch.full((65, 1), 3.0), torch.eye(65)], dim=1)
+    memory.add(vectors, torch.zeros(65, dtype=torch.long))
+    torch.testing.assert_close(contents(memory, 0), torch.nn.functional.normalize(vectors[1:], dim=1))
+
+
+def test_what_a_memory_keeps_carries_no_gradient() -> None:
+    memory = ClassMemory(1, 2, DIM, "redundancy")
+    memory.add(torch.randn(3, DIM).requires_grad_(), torch.zeros(3, dtype=torch.long))
+    assert not any(tensor.requires_grad for tensor in memory.state().values())
 
 
 def test_a_redundant_newcomer_does_not_enter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_the_stock_pipeline_opens_the_folder_and_samples(generator: Generator, t
     assert [(image.size, image.mode) for image in images] == [((8, 8), "L")] * 2
     assert pipeline.get_label_ids(["c"]) == [2]
     assert torch.equal(pipeline.transformer(batch()[0], timestep=batch()[1], class_labels=batch()[2]).sample, generator.predict(*batch()))
+
+
+def test_the_schedule_is_that_of_the_generator(generator: Generator) -> None:
+    other = replace(generator, scheduler={"num_train_timesteps": 40, "beta_start": 1e-3, "beta_end": 0.3, "beta_schedule": "linear"})
+    torch.testing.assert_close(other.alphas_cumprod(), torch.cumprod(1 - torch.linspace(1e-3, 0.3, 40), dim=0))
+
+
+def test_images_are_decoded_some_at_a_time(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> Tensor:
+        noise = [torch.Generator().manual_seed(number) for number in range(5)]
+        return generator.draw([0, 1, 2, 0, 1], noise, sampler="ddim", steps=2, guidance=1.0)
+
+    whole = drawn()
+    monkeypatch.setattr("diffstill.networks.DECODED_AT_ONCE", 2)
+    torch.testing.assert_close(drawn(), whole)
 
 
 def test_no_paths_in_the_saved_folder_and_saved_again_it_is_the_same(generator: Generator, tmp_path: Path) -> None:

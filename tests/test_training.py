@@ -12,7 +12,7 @@ from diffstill import training as training_module
 from diffstill.artifacts import WorkFolder
 from diffstill.config import SampleConfig
 from diffstill.draws import Purpose, seeded, shuffled
-from diffstill.training import Checkpoints, TimeShare, Training, balanced_indices, batch_indices, ema_decay, pack, unpack
+from diffstill.training import Checkpoints, TimeShare, Training, balanced_indices, batch_indices, ema_decay, pack, set_threads, unpack
 
 # --- draws --------------------------------------------------------------------------------------------------------
 
@@ -70,6 +70,24 @@ def test_balanced_batches_hold_as_many_of_every_class(sizes, share, seed):
         stream = [image for batch in batches for image in batch.tolist() if image in own]
         for epoch in range(len(stream) // len(own)):
             assert sorted(stream[epoch * len(own) : (epoch + 1) * len(own)]) == own.tolist()
+
+
+def test_balanced_batches_order_each_class_by_itself():
+    members = [np.arange(20) + 20 * label for label in range(3)]
+    drawn = balanced_indices(members, Purpose.FINETUNE_BATCH, 0, 0, 60).reshape(3, 20) % 20
+    assert len({tuple(own.tolist()) for own in drawn}) == 3
+
+
+def test_the_cpu_computes_deterministically_on_the_threads_asked_for():
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        set_threads(2)
+        assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (2, True)
+        set_threads(1, "cuda")
+        assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (1, False)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 # --- steps --------------------------------------------------------------------------------------------------------

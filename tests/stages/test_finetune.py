@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -235,6 +236,41 @@ def test_what_is_written_are_the_averages_and_nothing_stays_behind(tiny_chain: C
     seen = ref(run)
     del run
     assert seen() is None  # not even until the next garbage collection: two generators would not fit on a GPU
+
+
+def test_the_metrics_are_those_of_the_steps(tiny_chain: Chain, tmp_path: Path) -> None:
+    """All of them in one file, every so many and the first in the other, the last returned."""
+    config = settings_of(tiny_chain, steps=7, log_every=3)
+    last = finetune(config, **inputs_of(tiny_chain), denoiser=tmp_path / "denoiser")
+    run = tuning(tiny_chain, steps=7)
+    run.train(None, ignore)
+    steps = run.history.tolist()
+    lines = [json.loads(line) for line in (tmp_path / "denoiser" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [[line[name] for name in METRICS] for line in lines] == [pytest.approx(step) for step in steps]
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    with (tmp_path / "denoiser" / "seed-0" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 3, 6]
+    assert float(rows[1]["loss_gen"]) == pytest.approx(steps[2][METRICS.index("loss_gen")])
+    assert last == pytest.approx(dict(zip(METRICS, steps[-1], strict=True)))
+
+
+def test_weights_decay_as_the_settings_say(tiny_chain: Chain) -> None:
+    """AdamW's decay alone tells two first steps apart: each weight is shorter by learning rate times decay."""
+    plain, decayed = (tuning(tiny_chain, learning_rate=0.01, weight_decay=decay) for decay in (0.0, 0.5))
+    before = [weight.detach().clone() for weight in plain.training.weights]
+    plain.step()
+    decayed.step()
+    for old, weight, shorter in zip(before, plain.training.weights, decayed.training.weights, strict=True):
+        torch.testing.assert_close(weight.detach() - shorter.detach(), 0.01 * 0.5 * old, atol=1e-6, rtol=1e-3)
+
+
+def test_candidates_carry_no_gradient(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, update="epoch")
+    run.step()
+    waiting = [vector for own in run.candidates["gen"].newest.values() for _, vector in own]
+    assert waiting
+    assert not any(vector.requires_grad for vector in waiting)
 
 
 def test_candidates_of_an_epoch_are_counted(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

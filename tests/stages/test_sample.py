@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,32 @@ def test_the_contact_sheet_shows_every_class_in_a_row(tiny_chain: Chain) -> None
     cell = 8 * 6 + 4
     assert sheet.shape == (3 * cell, 2 * cell)
     assert np.array_equal(sheet[cell + 2 : 2 * cell - 2 : 6, 2 : cell - 2 : 6], image)
+
+
+def test_a_contact_sheet_is_bounded(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffstill.stages.sample.SHEET_COLUMNS", 1)
+    monkeypatch.setattr("diffstill.stages.sample.SHEET_ROWS", 2)
+    draw(tiny_chain, tmp_path / "set", seeds=[0])
+    whole = np.asarray(Image.open(tiny_chain.artifacts / "distilled" / "seed-0.png"))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / "seed-0.png")), whole[: len(whole) * 2 // 3, : whole.shape[1] // 2])
+
+
+def test_a_denoiser_of_another_generator_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(tiny_chain.artifacts / "generator", tmp_path / "generator")
+    manifest = tmp_path / "generator" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"null_label": 3', '"null_label": 4'))
+    with pytest.raises(DiffstillError, match=r"denoiser: was fine-tuned from another generator than .*; run `finetune` again"):
+        sample(tiny_chain.params.sample, generator=tmp_path / "generator", denoiser=tiny_chain.artifacts / "denoiser", distilled=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_says_how_the_images_were_drawn(tiny_chain: Chain, tmp_path: Path) -> None:
+    knobs = {"guidance": 3.5, "sampler": "ddim", "steps": 4, "seeds": [2], "images_per_class": 1, "classes": ["2", "0"]}
+    draw(tiny_chain, tmp_path / "set", tuned=False, **knobs)
+    facts = open_artifact(tmp_path / "set", "distilled").facts
+    images = open_artifact(tiny_chain.artifacts / "images", "images")
+    assert {name: facts[name] for name in knobs} == knobs
+    assert (facts["side"], facts["channels"], facts["images_digest"]) == (8, 1, images.digest)
 
 
 def test_an_unknown_class_is_refused(tiny_chain: Chain, tmp_path: Path) -> None:
