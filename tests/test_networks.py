@@ -83,6 +83,17 @@ def test_the_schedule_is_that_of_the_generator(generator: Generator) -> None:
     torch.testing.assert_close(other.alphas_cumprod(), torch.cumprod(1 - torch.linspace(1e-3, 0.3, 40), dim=0))
 
 
+@torch.no_grad()
+def test_latents_are_scaled_for_the_transformer_and_back_for_the_decoder(generator: Generator) -> None:
+    mean, std = generator.encode(torch.randn(2, 1, 8, 8))
+    posterior = generator.vae.encode(torch.zeros(1, 1, 8, 8)).latent_dist
+    torch.testing.assert_close(generator.encode(torch.zeros(1, 1, 8, 8))[1], (0.5 * posterior.logvar).exp())
+    assert mean.shape == std.shape == (2, 4, 4, 4)
+    scaling = generator.vae.config.scaling_factor
+    assert scaling != 1
+    torch.testing.assert_close(generator.decode(mean * scaling), generator.vae.decode(mean).sample)
+
+
 def test_images_are_decoded_some_at_a_time(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn() -> Tensor:
         noise = [torch.Generator().manual_seed(number) for number in range(5)]
@@ -179,6 +190,14 @@ def test_difffit_starts_as_the_identity_and_counts(generator: Generator, tmp_pat
     assert {name for name, weight in loaded.named_parameters() if weight.requires_grad} == set(chosen)
 
 
+def test_nothing_else_is_trained() -> None:
+    fresh = build_transformer(PRETRAIN, 3, 4)
+    chosen = choose_trainable(fresh, "difffit")
+    assert {name for name, weight in fresh.named_parameters() if weight.requires_grad} == set(chosen)
+    assert choose_trainable(fresh, "all").keys() == dict(fresh.named_parameters()).keys()
+    assert all(weight.requires_grad for weight in fresh.parameters())
+
+
 def test_difffit_counts_of_dit_xl_2_on_the_meta_device() -> None:
     with torch.device("meta"):
         transformer = DiTTransformer2DModel(
@@ -214,7 +233,7 @@ def test_a_delta_holds_the_rows_of_its_classes_alone(generator: Generator, tmp_p
     assert delta[LABEL_TABLE].shape == (3, 32)
     apply_delta(opened.transformer, delta)
     torch.testing.assert_close(dict(opened.transformer.named_parameters())[LABEL_TABLE], before + torch.tensor([[1.0], [0.0], [1.0], [1.0]]))
-    for rows in ([0, 1, 9], [0, 1]):  # a row that is not there, and not as many as values
+    for rows in ([0, 1, 4], [0, 1]):  # a row that is not there, and not as many as values
         with pytest.raises(DiffstillError, match="does not fit this generator"):
             apply_delta(load_generator(tmp_path).transformer, delta | {LABEL_ROWS: torch.tensor(rows)})
 

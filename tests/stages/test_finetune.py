@@ -28,7 +28,7 @@ from diffstill.pictures import contact_sheet, read_png
 from diffstill.pretrained import read_checkpoint
 from diffstill.ranks import Ranks
 from diffstill.record import Progress, ignore
-from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, _Ahead, finetune
+from diffstill.stages.finetune import METRICS, PREVIEW_STEPS, SHOWN_IMAGES, FineTuning, Latents, _Ahead, _Candidates, finetune
 from diffstill.stages.sample import sample
 from original_dit import random_checkpoint
 from slow_memory import SlowMemory
@@ -265,12 +265,21 @@ def test_weights_decay_as_the_settings_say(tiny_chain: Chain) -> None:
         torch.testing.assert_close(weight.detach() - shorter.detach(), 0.01 * 0.5 * old, atol=1e-6, rtol=1e-3)
 
 
-def test_candidates_carry_no_gradient(tiny_chain: Chain) -> None:
+def test_candidates_carry_no_gradient_and_keep_no_batch_alive(tiny_chain: Chain) -> None:
     run = tuning(tiny_chain, update="epoch")
     run.step()
     waiting = [vector for own in run.candidates["gen"].newest.values() for _, vector in own]
     assert waiting
     assert not any(vector.requires_grad for vector in waiting)
+    assert all(vector.untyped_storage().nbytes() == vector.nbytes for vector in waiting)
+
+
+def test_candidates_wait_for_one_epoch_alone() -> None:
+    candidates = _Candidates(2)
+    candidates.collect(torch.arange(8.0).reshape(4, 2), torch.tensor([1, 0, 1, 1]))
+    vectors, labels = candidates.release()
+    assert (vectors[:, 0].tolist(), labels.tolist()) == ([2, 4, 6], [0, 1, 1])
+    assert len(candidates.release()[1]) == 0
 
 
 def test_candidates_of_an_epoch_are_counted(tiny_chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

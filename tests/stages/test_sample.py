@@ -22,7 +22,7 @@ from diffstill.errors import DiffstillError
 from diffstill.networks import Generator, apply_delta, open_generator
 from diffstill.pictures import read_png
 from diffstill.stages.finetune import finetune
-from diffstill.stages.sample import _Slot, sample
+from diffstill.stages.sample import _Slot, _sources, sample
 
 
 def draw(chain: Chain, folder: Path, *, tuned: bool = True, denoiser: Path | None = None, **changes: Any) -> dict[str, str]:
@@ -137,10 +137,12 @@ def test_each_generation_seed_takes_its_own_fine_tune(tiny_chain: Chain, tmp_pat
         draw(tiny_chain, tmp_path / "three", denoiser=tmp_path / "both", seeds=[0, 1, 2])
 
 
-def test_torchvision_and_the_metadata_open_the_set(tiny_chain: Chain) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_torchvision_and_the_metadata_open_the_set(tiny_chain: Chain, seed: int) -> None:
     from torchvision.datasets import ImageFolder
 
-    folder = tiny_chain.artifacts / "distilled" / "seed-0"
+    folder = tiny_chain.artifacts / "distilled" / f"seed-{seed}"
+    assert folder.with_suffix(".png").is_file()
     opened = ImageFolder(str(folder))
     assert opened.classes == ["0", "1", "2"]
     assert len(opened) == 6
@@ -196,3 +198,5 @@ def test_more_steps_than_timesteps_are_refused(tiny_chain: Chain, tmp_path: Path
     config = tiny_chain.params.sample.model_copy(update={"steps": 1001})
     with pytest.raises(DiffstillError, match=r"`sample.steps` 1001 exceeds the generator's 1000 timesteps"):
         sample(config, generator=tiny_chain.artifacts / "generator", distilled=tmp_path / "out")
+    made = open_artifact(tiny_chain.artifacts / "generator", "generator")
+    _sources(config.model_copy(update={"steps": 1000}), made, None, "cpu")[0].load()
