@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from chains import contents, flip
 from diffstill import datasets
 from diffstill.config import PrepareConfig
 from diffstill.datasets import (
@@ -348,6 +349,9 @@ def test_fashion_downloads_once_into_the_cache(small_fashion, served, tmp_path):
     assert seen == [f"/data/{name}" for name in [next(iter(digests)), *digests]]  # the first was answered 503 and asked for again
     second = fashion(config, digests=digests)
     assert len(seen) == 5
+    flip(tmp_path / "cache/fashion-mnist" / next(iter(digests)))
+    second = fashion(config, digests=digests)
+    assert seen[5:] == [f"/data/{next(iter(digests))}"]
     local = fashion(PrepareConfig(source="fashion-mnist", location=str(where), side=28), digests=digests)
     for name in SPLITS:
         assert np.array_equal(first.splits[name].pixels, local.splits[name].pixels)
@@ -932,6 +936,17 @@ def test_an_archive_is_what_was_packed(fastai_tree, cache, tmp_path):
     assert first.dataset.fingerprint == second.dataset.fingerprint
 
 
+def test_an_archive_that_was_changed_in_the_cache_is_unpacked_again(fastai_tree, cache, tmp_path, caplog):
+    archive = packed(fastai_tree, tmp_path / "imagewoof2.tgz")
+    load(woof(archive))
+    (unpacked,) = (path for path in (cache / "archives").iterdir() if path.is_dir())
+    before = contents(unpacked)
+    flip(next(path for path in unpacked.rglob("*") if path.is_file()))
+    load(woof(archive))
+    assert contents(unpacked) == before
+    assert caplog.text.count("was changed since it was unpacked; unpacked again") == 1
+
+
 def test_an_archive_of_another_content_is_unpacked_anew(fastai_tree, cache, tmp_path):
     load(woof(packed(fastai_tree, tmp_path / "x.tgz")))
     photos(fastai_tree, "train", WOOF, 6, 1)
@@ -959,7 +974,7 @@ def test_an_archive_is_downloaded_once(fastai_tree, cache, web):
     for _ in range(2):
         assert load(woof(f"{url}/imagewoof2.tgz")).counts()["test"] == dict.fromkeys(WOOF, 4)
     assert seen == ["/data/imagewoof2.tgz"] * 2  # the first was answered 503
-    assert len([path for path in (cache / "archives").iterdir() if path.suffix != ".lock"]) == 1
+    assert len([path for path in (cache / "archives").iterdir() if path.is_dir()]) == 1
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chains import Chain, contents
+from chains import Chain, contents, flip
 from diffstill.artifacts import open_artifact
 from diffstill.config import preset, render_params
 from diffstill.errors import DiffstillError
@@ -53,6 +53,11 @@ def test_weights_are_pinned_fetched_once_and_recorded(tiny_chain: Chain, tmp_pat
         again = pretrain(tiny_chain, tmp_path, f"hf://someone/DiT-tiny@{COMMIT}", HF_ENDPOINT=url)
         assert again.returncode == 0, again.stderr
         assert [one for one in seen if one.startswith("GET") and one.endswith(".safetensors")] == loaded
+        damaged = next((tmp_path / "cache" / "hub").rglob("vae/*.safetensors")).resolve()
+        flip(damaged)
+        mended = pretrain(tiny_chain, tmp_path, f"hf://someone/DiT-tiny@{COMMIT}", HF_ENDPOINT=url)
+        assert mended.returncode == 0, mended.stderr
+        assert mended.stderr.count("was changed since it was downloaded; downloaded again") == 1
     assert open_artifact(tmp_path / "generator", "generator").digest == made.digest
 
 

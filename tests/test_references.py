@@ -263,13 +263,12 @@ def test_another_md5_than_the_pinned_one_is_refused(pushed, tmp_path):
     assert pin(pushed.reference()).md5 in told
 
 
-def test_data_that_was_changed_in_the_cache_is_refused(pushed, tmp_path):
+def test_data_that_was_changed_in_the_cache_is_fetched_again(pushed, tmp_path, caplog):
     got = fetch(pushed.reference(), tmp_path / "cache")
     (got.folder / "train" / "a" / "0.txt").write_text("mine")
-    assert (
-        refusal(fetch, pushed.reference(), tmp_path / "cache")
-        == f"{got.folder}: was changed since it was downloaded; remove it, and it is downloaded again"
-    )
+    assert fetch(pushed.reference(), tmp_path / "cache") == got
+    assert texts(got.folder) == FILES
+    assert caplog.messages == [f"{got.folder}: was changed since it was downloaded; downloaded again"]
 
 
 def test_the_cache_is_no_part_of_the_repositorys_own(project, tmp_path):
@@ -481,7 +480,7 @@ def test_a_dvc_remote_out_of_reach_is_one_message(store, tmp_path):
     assert SECRET not in told
 
 
-def test_an_s3_prefix_is_cached_by_what_it_holds(store, tmp_path):
+def test_an_s3_prefix_is_cached_by_what_it_holds(store, tmp_path, caplog):
     for name, content in FILES.items():
         store.put_object(Bucket="images", Key=f"set/{name}", Body=content.encode())
     reference = parse("s3://images/set")
@@ -495,8 +494,12 @@ def test_an_s3_prefix_is_cached_by_what_it_holds(store, tmp_path):
     changed = fetch(reference, tmp_path)
     assert changed.folder != got.folder
     assert texts(changed.folder) == FILES | {"train/a/0.txt": "0a"}
-    (changed.folder / "train" / "a" / "0.txt").unlink()
-    assert "was changed since it was downloaded" in refusal(fetch, reference, tmp_path)
+    for damage in (Path.unlink, lambda path: path.write_text("0b"), lambda path: (path.parent / "more.txt").write_text("0a")):
+        caplog.clear()
+        damage(changed.folder / "train" / "a" / "0.txt")
+        assert fetch(reference, tmp_path) == changed
+        assert texts(changed.folder) == FILES | {"train/a/0.txt": "0a"}
+        assert caplog.messages == [f"{changed.folder}: was changed since it was downloaded; downloaded again"]
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------

@@ -117,6 +117,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(folder: Path, at: Path) -> None:
+    """Note at `at`, outside of `folder`, what its files are."""
+    at.write_text(_tree_digest(folder))
+
+
+def is_sealed(folder: Path, at: Path) -> bool:
+    """Whether the files of `folder` are those that `seal` noted at `at`."""
+    return at.is_file() and at.read_text(errors="replace") == _tree_digest(folder)
+
+
+def _tree_digest(folder: Path) -> str:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in DESKTOP_LITTER)
+    with ThreadPoolExecutor() as threads:
+        named = zip([path.relative_to(folder).as_posix() for path in paths], threads.map(file_digest, paths), strict=True)
+        return hashlib.sha256(json.dumps(list(named)).encode()).hexdigest()
+
+
 def read_manifest(folder: Path, kind: Kind) -> Artifact:
     """The artifact at `folder` without verifying its files. Raises `DiffstillError` on another kind, schema or no manifest."""
     path = folder / MANIFEST

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import logging
 import os
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -36,7 +37,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from diffstill.artifacts import cache_folder, file_digest
+from diffstill.artifacts import cache_folder, file_digest, is_sealed, seal
 from diffstill.config import PrepareConfig
 from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
@@ -499,9 +500,20 @@ def _download_all(prefix: str, digests: Mapping[str, str], record: Record) -> Pa
     cache.mkdir(parents=True, exist_ok=True)
     with _session() as session:
         for name, digest in digests.items():
-            if not (cache / name).is_file():
+            if not _is_original(cache / name, digest):
                 _download(session, f"{prefix.rstrip('/')}/{name}", cache / name, digest, record)
     return cache
+
+
+def _is_original(path: Path, digest: str) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read_idx(path, digest)
+    except DiffstillError:
+        log.warning("%s: was changed since it was downloaded; downloaded again", path)
+        return False
+    return True
 
 
 def _download(session: requests.Session, url: str, target: Path, digest: str, record: Record) -> None:
@@ -718,7 +730,11 @@ def _unpacked(location: str, record: Record) -> Path:
     key = hashlib.sha256(location.encode()).hexdigest() if _is_url(location) else file_digest(path)
     unpacked = cache_folder() / "archives" / key[:16]
     unpacked.parent.mkdir(parents=True, exist_ok=True)
+    noted = unpacked.with_suffix(".sha256")
     with FileLock(unpacked.with_suffix(".lock")):
+        if unpacked.is_dir() and not is_sealed(unpacked, noted):
+            log.warning("%s: was changed since it was unpacked; unpacked again", unpacked)
+            shutil.rmtree(unpacked)
         if not unpacked.is_dir():
             with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=unpacked.parent) as scratch:
                 if _is_url(location):
@@ -726,6 +742,7 @@ def _unpacked(location: str, record: Record) -> Path:
                     with _session() as session:
                         _stream(session, location, path, record)
                 _extract(path, location, Path(scratch) / "files", record)
+                seal(Path(scratch) / "files", noted)
                 (Path(scratch) / "files").rename(unpacked)
     inside = [entry for entry in unpacked.iterdir() if entry.is_dir()]
     return inside[0] if len(inside) == 1 else unpacked

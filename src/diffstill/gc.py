@@ -350,6 +350,8 @@ def _remove_folder(path: Path, lock: Path | None, grace: timedelta) -> str | Non
         if aside != path:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+        for note in (path.with_suffix(".sha256"), path.with_name(f".{path.name}.sha256")):
+            note.unlink(missing_ok=True)
         if lock:
             lock.unlink(missing_ok=True)  # held: who waits for it sees that it is gone, and makes a new one
     shutil.rmtree(aside)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from diffstill import storage
+from diffstill.artifacts import file_digest, is_sealed, seal
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.names import is_inside
 from diffstill.record import Record, ignore
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
     from dvc_data.index import DataIndex, DataIndexEntry
 
+log = logging.getLogger("diffstill")
 FORM = "dvc+https://<host>/<repository>?rev=<branch, tag or commit>&path=<folder>, optionally with &md5=<DVC's md5 of the folder>"
 MD5 = r"[0-9a-f]{32}(\.dir)?"
 SCHEMES = ("https", "http", "ssh", "file")
@@ -169,9 +172,29 @@ def _pin_hub(reference: HubReference) -> HubReference:
 def _fetch_hub(reference: HubReference, cache: Path) -> Fetched:
     """With the hub's own client, which goes on where it was cut off, shows progress and verifies sizes; token from HF_TOKEN."""
     pinned = reference if re.fullmatch("[0-9a-f]{40}", reference.revision) else _pin_hub(reference)
+    fetched = partial(snapshot_download, pinned.repository, revision=pinned.revision, cache_dir=cache / "hub", allow_patterns=list(WEIGHTS))
     with _hub_errors(pinned):
-        folder = snapshot_download(pinned.repository, revision=pinned.revision, cache_dir=cache / "hub", allow_patterns=list(WEIGHTS))
-    return Fetched(Path(folder), {"repository": pinned.repository, "revision": pinned.revision})
+        folder = Path(fetched())
+        damaged = [path for path in _files(folder) if not _is_its_blob(path)]
+        for path in damaged:
+            log.warning("%s: was changed since it was downloaded; downloaded again", path)
+            path.resolve().unlink()
+            path.unlink()
+        if damaged:
+            fetched()
+    return Fetched(folder, {"repository": pinned.repository, "revision": pinned.revision})
+
+
+def _is_its_blob(path: Path) -> bool:
+    """Whether a file of the hub's cache has the content that its blob is named after; true where its name does not tell."""
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return file_digest(blob) == blob.name
+    if re.fullmatch(r"[0-9a-f]{40}", blob.name):  # as git names it
+        with blob.open("rb") as file:
+            seen = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
+            return hashlib.file_digest(file, lambda: seen).hexdigest() == blob.name
+    return True
 
 
 @contextmanager
@@ -195,10 +218,13 @@ def _fetch_s3(reference: S3Reference, cache: Path, record: Record) -> Fetched:
     objects = storage.listing(reference.uri)
     digest = _objects_digest(objects)
     folder = cache / "s3" / digest
-    storage.appear(folder, lambda arriving: storage.transfer(reference.uri, objects, arriving, record))
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    if sizes != {item.name: item.size for item in objects}:
-        raise _changed(folder)
+    noted = folder.with_name(f".{digest}.sha256")  # ETags are no digests of what was sent in parts
+
+    def arrive(arriving: Path) -> None:
+        storage.transfer(reference.uri, objects, arriving, record)
+        seal(arriving, noted)
+
+    storage.appear(folder, arrive, whole=partial(is_sealed, at=noted))
     return Fetched(folder, {"location": reference.uri, "listing": digest})
 
 
@@ -340,10 +366,7 @@ def _fetch_dvc(reference: DvcReference, cache: Path, record: Record) -> Fetched:
     with _opened(reference) as repository:
         pinned = _pinned(reference, repository)
         folder, downloaded = cache / "dvc" / str(pinned.md5), partial(_download, pinned, repository.index.data["repo"], record)
-        there = folder.exists()
-        storage.appear(folder, downloaded)
-    if there and _digest({path.relative_to(folder).as_posix(): _md5(path) for path in _files(folder)}) != pinned.md5:
-        raise _changed(folder)
+        storage.appear(folder, downloaded, whole=lambda there: _digest(_held(there)) == pinned.md5)
     return Fetched(folder, {"revision": pinned.revision, "md5": str(pinned.md5), "path": pinned.path})
 
 
@@ -379,9 +402,10 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
+def _held(folder: Path) -> dict[str, str]:
+    """The md5 of each file, by its path below the folder."""
+    return {path.relative_to(folder).as_posix(): _md5(path) for path in _files(folder)}
+
+
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _changed(folder: Path) -> DiffstillError:
-    return DiffstillError(f"{folder}: was changed since it was downloaded; remove it, and it is downloaded again")

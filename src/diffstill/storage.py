@@ -273,19 +273,24 @@ def refuse_malformed(uri: str) -> None:
     _parts(uri)
 
 
-def appear(folder: Path, fill: Callable[[Path], object]) -> None:
+def appear(folder: Path, fill: Callable[[Path], object], *, whole: Callable[[Path], bool] = lambda _: True) -> None:
     """Let `fill` write a folder that appears at `folder` whole or not at all.
 
-    If it is there, or comes from another process, it is only marked as used now: under this lock `diffstill gc` leaves it alone then.
+    If it is there, or comes from another process, and is `whole`, it is only marked as used now: under this lock
+    `diffstill gc` leaves it alone then. What is not whole is made again, with one line.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         if folder.exists():
-            with suppress(PermissionError):  # of somebody else, or on a disk that is only read
-                os.utime(folder)
-            return
+            if whole(folder):
+                with suppress(PermissionError):  # of somebody else, or on a disk that is only read
+                    os.utime(folder)
+                return
+            log.warning("%s: was changed since it was downloaded; downloaded again", folder)
+            folder.rename(partial)
+            shutil.rmtree(partial)
         try:
             partial.mkdir()
             fill(partial)
