@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from chains import contents
-from diffstill import task
+from diffstill import launch, task
 from diffstill.artifacts import open_artifact
 from diffstill.config import preset
+from diffstill.errors import DiffstillError, GateError
 from diffstill.task import run_preflight, run_task
 
 
@@ -177,6 +178,34 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, capsys, config, mess
     assert message in told
     assert told.count("error: ") == 1
     assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(DiffstillError("too little"), 2), (GateError("not shown"), 3)])
+def test_a_pod_leaves_its_refusal_for_kubernetes(tmp_path, monkeypatch, error, code):
+    """Kubeflow's launcher makes 1 of every exit code, so that a policy of retries can only know a refusal by this."""
+    last_words = tmp_path / "termination-log"
+    last_words.touch()
+    monkeypatch.setattr(launch, "TERMINATION_LOG", last_words)
+    with pytest.raises(SystemExit) as end, launch.one_message():
+        raise error
+    assert end.value.code == code
+    assert last_words.read_text() == f"diffstill refuses (exit code {code}): {error}"
+
+
+def test_a_bug_in_a_pod_is_no_refusal(tmp_path, monkeypatch):
+    last_words = tmp_path / "termination-log"
+    last_words.touch()
+    monkeypatch.setattr(launch, "TERMINATION_LOG", last_words)
+    with pytest.raises(RuntimeError), launch.one_message():
+        raise RuntimeError("out of memory")
+    assert last_words.read_text() == ""
+
+
+def test_elsewhere_no_last_words_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TERMINATION_LOG", tmp_path / "termination-log")
+    with pytest.raises(SystemExit), launch.one_message():
+        raise DiffstillError("too little")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_that_is_missing_is_an_error_and_not_a_day_on_the_cpu(tiny_chain, tmp_path, monkeypatch, capsys):

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffstill")
 GRACE = 20
 """Seconds that ranks have to end by themselves; a pod has 30 before it is killed."""
+TERMINATION_LOG = Path("/dev/termination-log")
+"""Where a container of Kubernetes leaves its last words, which Argo tells of the attempt."""
+REFUSAL = "diffstill refuses"
+"""By this a policy of retries knows what is final: Kubeflow's launcher makes 1 of every exit code."""
 ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -169,6 +173,8 @@ def one_message() -> Iterator[None]:
         yield
     except DiffstillError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if TERMINATION_LOG.is_file():  # in a pod, and nowhere else
+            TERMINATION_LOG.write_text(f"{REFUSAL} (exit code {error.exit_code}): {error}"[:1000], encoding="utf-8")
         raise SystemExit(error.exit_code) from error
 
 
