@@ -75,17 +75,33 @@ DOCKER ?= docker
 TARGETS ?= cpu
 VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' src/diffstill/__init__.py)
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+# What `make images-base` has pinned, else the tag that the Dockerfile names.
+BASE = $(or $(shell cat docker/base.lock 2>/dev/null),$(shell sed -n 's/^ARG BASE_IMAGE=//p' docker/Dockerfile))
+# Of a remote, no credentials.
+SOURCE = $(or $(shell git config --get remote.origin.url | sed -E 's,//[^/@]*@,//,'),unknown)
+# The time is the commit's, so that the same commit makes the same image.
+CREATED = $(shell git log -1 --format=%cI 2>/dev/null)
+OCI = --label org.opencontainers.image
+LABELS = $(OCI).version=$(VERSION) $(OCI).revision=$(REVISION) $(OCI).source='$(SOURCE)' $(OCI).created=$(CREATED) \
+	$(OCI).base.name=$(firstword $(subst @, ,$(BASE))) $(OCI).base.digest=$(word 2,$(subst @, ,$(BASE)))
 
 images:  ## container images; TARGETS="cpu gpu mlflow" builds all three, BUILD_OPTIONS go to docker build
+	@$(if $(findstring @sha256:,$(BASE)),,echo "warning: base image $(BASE) is not pinned: the next build may differ; make images-base pins it" >&2)
 	@for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --target $$target --tag diffstill:$$target \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) . || exit; done
+		--build-arg BASE_IMAGE=$(BASE) --build-arg REVISION=$(REVISION) $(LABELS) $(BUILD_OPTIONS) . || exit; done
 	@$(DOCKER) image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' diffstill
 
-images-scan: setup  ## lint the Dockerfile (`make check` does so too)
+images-base: setup  ## pin the base image by its digest, in docker/base.lock
+	@DOCKER=$(DOCKER) $(BIN)/python docker/base.py
+
+images-sbom: setup  ## bills of materials (CycloneDX) of built images, in build/sbom
+	@DOCKER=$(DOCKER) $(BIN)/python docker/sbom.py $(TARGETS)
+
+images-lint: setup  ## lint the Dockerfile (`make check` does so too)
 	$(BIN)/hadolint docker/Dockerfile
 
 images-push: setup  ## push to REGISTRY=host/name and write docker/images.lock
-	@DOCKER=$(DOCKER) $(BIN)/python docker/push.py --registry '$(REGISTRY)' $(TARGETS)
+	@DOCKER=$(DOCKER) $(BIN)/python docker/push.py --registry '$(REGISTRY)' $(PUSH_OPTIONS) $(TARGETS)
 
 test-containers: setup  ## build the images and test them; root, Docker is installed and started where missing
 	@tests/containers/run
@@ -121,5 +137,5 @@ clean:  ## remove the demo and all caches, keep the environment and the data of 
 	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name stack -exec rm -rf {} +
 	rm -rf .diffstill .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo lock test test-slow test-infra check images images-scan images-push test-containers test-stack \
+.PHONY: help setup demo lock test test-slow test-infra check images images-base images-sbom images-lint images-push test-containers test-stack \
 	stack stack-down stack-status stack-backup stack-restore stack-rotate ui clean

@@ -42,7 +42,8 @@ def test_the_user_is_a_number_and_nothing_comes_before_the_command(facts):
 
 def test_labels_tell_what_it_is(facts):
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in facts["Labels"].items()}
-    assert {"title", "description", "licenses", "source", "version", "revision"} <= set(labels)
+    made = {"source", "version", "revision", "created", "base.name", "base.digest"}
+    assert {"title", "description", "licenses"} | made <= set(labels)
     assert (labels["title"], labels["licenses"], labels["version"]) == ("diffstill", "Apache-2.0", diffstill.__version__)
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["revision"])
 
