@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "infra" / "kubernetes"
 VERSIONS = ("1.32", "1.35")
 """Of Kubernetes, that objects must be valid for."""
+CLUSTER = sorted(path.parent for path in (KUBERNETES / "cluster").rglob("kustomization.yaml"))
+"""Folders that a cluster has once, whatever the number of teams."""
 OLDEST = (1, 30)
 """Of kubectl: its kustomize renders what we write."""
 
@@ -69,6 +71,13 @@ def rendered(folder: Path) -> list[Object]:
     return made
 
 
+def placed(folder: Path) -> list[Object]:
+    """The objects and, where they make a namespace, all that `cluster/` has: as a cluster sees them."""
+    objects = rendered(folder)
+    alone = all(thing["kind"] != "Namespace" for thing in objects)
+    return objects if alone else [*objects, *(thing for part in CLUSTER for thing in rendered(part))]
+
+
 @cache
 def _as_json(folder: Path) -> str:
     """Read once: YAML takes its time."""
@@ -80,12 +89,27 @@ def name(thing: Object) -> str:
     return f"{thing['kind']}/{thing['metadata']['name']}"
 
 
+def arguments(pod: Pod, container: Object) -> list[str]:
+    """What it is started with, `$(VARIABLE)` put in as the kubelet does."""
+    fields = {"metadata.namespace": pod.namespace}
+    known = {
+        each["name"]: each.get("value") or fields.get(each["valueFrom"].get("fieldRef", {}).get("fieldPath")) for each in container.get("env", [])
+    }
+
+    def put(found: re.Match[str]) -> str:
+        return known.get(found[1]) or found[0]
+
+    return [re.sub(r"\$\((\w+)\)", put, word) for word in container.get("args", [])]
+
+
 def pods(objects: Iterable[Object]) -> Iterator[Pod]:
-    """Every pod that the objects make, also those in a runtime of the Trainer."""
+    """Every pod that the objects make, also those that a runtime of the Trainer makes in the namespace which is among them."""
+    objects = list(objects)
+    home = next((thing["metadata"]["name"] for thing in objects if thing["kind"] == "Namespace"), "diffstill")
     for thing in objects:
         for template in _templates(thing):
             labels = template.get("metadata", {}).get("labels", {})
-            yield Pod(name(thing), thing["kind"], thing["metadata"].get("namespace", "diffstill"), labels, template["spec"])
+            yield Pod(name(thing), thing["kind"], thing["metadata"].get("namespace", home), labels, template["spec"])
 
 
 def _templates(thing: Object) -> Iterator[Object]:

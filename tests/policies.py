@@ -9,7 +9,7 @@ from math import ceil
 
 from kubernetes.utils.quantity import parse_quantity
 
-from manifests import Object, Pod, name, pods
+from manifests import Object, Pod, arguments, name, pods
 
 Objects = Sequence[Object]
 Rule = Callable[[Objects], Iterator[str]]
@@ -173,9 +173,9 @@ def known_by_name(objects: Objects) -> Iterator[str]:
     """No page of a stranger, whose name leads to an address of the cluster, may talk to MLflow (DNS rebinding)."""
     from mlflow.server.security_utils import is_allowed_host_header  # seconds
 
-    for where, _pod, container in containers(objects):
+    for where, pod, container in containers(objects):
         if _serves_mlflow(container):
-            words = [*container["args"], *(f"{variable['name']}={variable.get('value')}" for variable in container.get("env", []))]
+            words = [*arguments(pod, container), *(f"{variable['name']}={variable.get('value')}" for variable in container.get("env", []))]
             found = [word.partition("=")[2] for word in words if word.startswith("--allowed-hosts=")]
             hosts = [host.strip() for host in ",".join(found).split(",")]
             answers = [host for host in STRANGERS if is_allowed_host_header(hosts, host)]
@@ -321,6 +321,31 @@ def connected(objects: Objects) -> Iterator[str]:
                 yield f"{pod.owner} names {kind} {wants}, which is not there"
 
 
+def queued(objects: Objects) -> Iterator[str]:
+    """A queue is the quota for GPUs: a ResourceQuota counts the pods that wait in it, too, and none could preempt.
+
+    Of all else the namespace has room for the services and twice the queue: for what runs and for what waits.
+    """
+    queues = {thing["metadata"]["name"]: thing["spec"] for thing in by_kind(objects, "ClusterQueue")}
+    for local in by_kind(objects, "LocalQueue"):
+        if not (queue := queues.get(local["spec"]["clusterQueue"])):
+            yield f"{name(local)} leads to ClusterQueue {local['spec']['clusterQueue']}, which is not there"
+            continue
+        mine = [thing for thing in objects if thing["metadata"].get("namespace") == local["metadata"].get("namespace")]
+        for space in by_kind(objects, "Namespace"):
+            if not selects(queue["namespaceSelector"], space["metadata"]["labels"]):
+                yield f"{name(local)} leads to a ClusterQueue that {name(space)} is not let into"
+        held = {each["name"]: each["nominalQuota"] for group in queue["resourceGroups"] for each in group["flavors"][0]["resources"]}
+        for quota in by_kind(mine, "ResourceQuota"):
+            hard, services = quota["spec"]["hard"], taken(mine)
+            if gpus := [what for what in hard if "gpu" in what]:
+                yield f"{name(quota)} counts {gpus[0]}, as {name(local)} does; leave it to the queue"
+            for what in (f"{side}.{one}" for side in ("requests", "limits") for one in ("cpu", "memory")):
+                wanted = services[what] + 2 * parse_quantity(held[what.partition(".")[2]])
+                if wanted > parse_quantity(hard[what]):
+                    yield f"{name(quota)} allows {hard[what]} of {what}, but {wanted} are needed for the services and twice the queue"
+
+
 def _amounts(container: Object) -> Iterator[tuple[str, Decimal]]:
     """What a container takes from a quota."""
     for side in ("requests", "limits"):
@@ -364,7 +389,7 @@ def has_room(objects: Objects, run: Mapping[str, Decimal] | None = None) -> Iter
 RULES: tuple[Rule, ...] = (
     non_root, no_capabilities, seccomp, no_escalation, no_host, read_only_root, bounded, pinned, no_literal_secret, probed,
     mlflow_probed_where_it_answers, known_by_name, closed, narrow, bound_to_us, no_idle_token, survives_drains, restricted, labelled,
-    no_wildcard, connected, has_room,
+    no_wildcard, connected, has_room, queued,
 )  # fmt: skip
 
 

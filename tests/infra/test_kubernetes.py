@@ -4,11 +4,13 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +19,8 @@ from mlflow.server.security_utils import is_allowed_host_header
 
 import manifests
 from components.images import TAGGED, load_images
-from manifests import KUBERNETES, ROOT, name, pods, refused, rendered
+from diffstill.launch import REFUSAL
+from manifests import CLUSTER, KUBERNETES, ROOT, arguments, name, placed, pods, refused, rendered
 from pipelines.nodes import labels, order
 from pipelines.package import write_package
 from pipelines.settings import load_settings
@@ -27,11 +30,14 @@ OVERLAYS = sorted(path.parent.name for path in (KUBERNETES / "overlays").glob("*
 OURS = [one for one in OVERLAYS if one != "mine"]
 """Without one's own, which is held to what is valid and to the policies, too."""
 COMPONENTS = sorted(path.parent.name for path in (KUBERNETES / "components").glob("*/kustomization.yaml"))
-SETTINGS = [overlay for overlay in OVERLAYS if (KUBERNETES / "overlays" / overlay / "settings.yaml").exists()]
+FOR_KUBEFLOW = "kubeflow-retries"
+"""A component that goes with Kubeflow's own manifests, and not with ours."""
+SETTINGS = sorted(str(path.relative_to(KUBERNETES / "overlays")) for path in (KUBERNETES / "overlays").glob("*/settings*.yaml"))
 
 
 def overlay(name):
-    return rendered(KUBERNETES / "overlays" / name)
+    """An overlay on a cluster."""
+    return placed(KUBERNETES / "overlays" / name)
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +52,24 @@ def secrets(tmp_path_factory):
     return rendered(folder)
 
 
-def together(folder, components):
-    """An overlay of one's own, with these components."""
+def made_of(folder, resources, components=(), namespace="diffstill"):
+    """An overlay of one's own, as the README writes one down."""
     up = Path(os.path.relpath(KUBERNETES, folder))
-    lists = {"resources": [str(up / "base")], "components": [str(up / "components" / one) for one in components]}
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"} | lists))
+    parts = {
+        "namespace": namespace,
+        "transformers": [str(up / "names")],
+        "resources": [str(up / one) for one in resources],
+        "components": [str(up / "components" / one) for one in components],
+    }
+    head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | parts))
     return rendered(folder)
+
+
+def together(folder):
+    """All components in one overlay, on a cluster."""
+    made_of(folder, ["base"], [one for one in COMPONENTS if one != FOR_KUBEFLOW])
+    return placed(folder)
 
 
 # --- it renders, and is valid -------------------------------------------------------------------------------------
@@ -60,20 +78,21 @@ def together(folder, components):
 def test_the_overlays_are_those_that_are_described():
     assert OURS == ["aws", "gpu", "kind", "kueue", "multinode", "standalone"]
     described = (KUBERNETES / "README.md").read_text()
-    for folder in (*(f"overlays/{one}" for one in OURS), *(f"components/{one}" for one in COMPONENTS)):
+    shared = [str(folder.relative_to(KUBERNETES)) for folder in CLUSTER]
+    for folder in (*(f"overlays/{one}" for one in OURS), *(f"components/{one}" for one in COMPONENTS), *shared):
         assert f"`{folder}`" in described, folder
 
 
 @pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS), "external-secrets"])
 def test_every_object_is_valid(folder):
-    objects = rendered(KUBERNETES / folder)
+    objects = placed(KUBERNETES / folder)
     assert len(objects) > 1
     assert [error for thing in objects for error in refused(thing)] == []
     assert len({(thing["apiVersion"], name(thing), thing["metadata"].get("namespace")) for thing in objects}) == len(objects)
 
 
 def test_all_components_go_together(tmp_path):
-    objects = together(tmp_path, COMPONENTS)
+    objects = together(tmp_path)
     assert [error for thing in objects for error in refused(thing)] == []
     assert complaints(objects) == []
     assert {"ClusterQueue", "ClusterTrainingRuntime", "RuntimeClass"} <= {thing["kind"] for thing in objects}
@@ -134,7 +153,7 @@ def put(thing, path, value):
     ],
 )
 def test_an_object_that_is_wrong_is_refused(folder, which, path, value, said):
-    thing = next(one for one in rendered(KUBERNETES / folder) if name(one) == which)
+    thing = next(one for one in placed(KUBERNETES / folder) if name(one) == which)
     assert refused(thing) == []
     found = refused(put(thing, path, value))
     assert found
@@ -179,12 +198,81 @@ def test_manifests_of_the_pipeline_are_valid(overlay, tmp_path):
     assert "'pipelinename' was unexpected" in refused(put(made[1], "spec/pipelinename", "x"))[0]
 
 
+# --- retries ------------------------------------------------------------------------------------------------------
+
+STOCK = """\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: workflow-controller-configmap}
+data:
+  artifactRepository: |
+    archiveLogs: true
+  workflowDefaults: |
+    spec:
+      ttlStrategy:
+        secondsAfterCompletion: 3600
+      templateDefaults:
+        retryStrategy:
+          limit: '2'
+          retryPolicy: OnError
+"""
+"""Kubeflow Pipelines 2.17.0, manifests/kustomize/third-party/argo/base/workflow-controller-configmap-patch.yaml, in part."""
+
+
+@pytest.fixture
+def defaults(tmp_path_factory):
+    """What Argo puts into workflows, with the component."""
+    folder = tmp_path_factory.mktemp("kubeflow")
+    (folder / "stock.yaml").write_text(STOCK)
+    component = os.path.relpath(KUBERNETES / "components" / FOR_KUBEFLOW, folder)
+    head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | {"resources": ["stock.yaml"], "components": [component]}))
+    (made,) = rendered(folder)
+    (stock,) = list(yaml.safe_load_all(STOCK))
+    assert refused(made) == []
+    assert made["data"] | {"workflowDefaults": stock["data"]["workflowDefaults"]} == stock["data"], "nothing else of Kubeflow's is touched"
+    return yaml.safe_load(made["data"]["workflowDefaults"]), yaml.safe_load(stock["data"]["workflowDefaults"])
+
+
+def test_the_policy_of_retries_is_all_that_changes(defaults):
+    made, stock = defaults
+    strategy = made["spec"]["templateDefaults"].pop("retryStrategy")
+    assert made["spec"] | {"templateDefaults": stock["spec"]["templateDefaults"]} == stock["spec"]
+    assert strategy.pop("expression")
+    assert strategy == stock["spec"]["templateDefaults"]["retryStrategy"] | {"retryPolicy": "Always"}
+
+
+@pytest.mark.parametrize(
+    ("attempt", "again"),
+    [
+        ({"exitCode": "1", "status": "Failed", "message": "main: Error (exit code 1)"}, True),
+        ({"exitCode": "137", "status": "Failed", "message": "main: OOMKilled (exit code 137)"}, True),
+        ({"exitCode": "143", "status": "Failed", "message": "main: Error (exit code 143)"}, True),
+        ({"exitCode": "-1", "status": "Failed", "message": "The node was low on resource: ephemeral-storage."}, True),
+        ({"exitCode": "-1", "status": "Failed", "message": "Pod was terminated in response to imminent node shutdown."}, True),
+        ({"exitCode": "-1", "status": "Error", "message": "pod deleted"}, True),
+        ({"exitCode": "1", "status": "Failed", "message": f"main: Error (exit code 1): {REFUSAL} (exit code 2): too little"}, False),
+        ({"exitCode": "1", "status": "Failed", "message": f"main: Error (exit code 1): {REFUSAL} (exit code 3): not shown"}, False),
+        ({"exitCode": "2", "status": "Failed", "message": "main: Error (exit code 2)"}, False),
+        ({"exitCode": "3", "status": "Failed", "message": "main: Error (exit code 3)"}, False),
+        ({"exitCode": "-1", "status": "Failed", "message": ""}, False),  # a graph, one of whose tasks failed
+        ({"exitCode": "-1", "status": "Error", "message": ""}, False),
+    ],
+)
+def test_what_may_go_better_is_tried_again_and_no_refusal(defaults, attempt, again):
+    """Argo's language is read as Python, which says the same but for `contains`."""
+    expression = defaults[0]["spec"]["templateDefaults"]["retryStrategy"]["expression"]
+    as_python = re.sub(r"(\S+) contains (\"[^\"]*\")", r"\2 in \1", expression)
+    assert as_python != expression
+    assert eval(as_python, {"lastRetry": SimpleNamespace(**attempt)}) is again
+
+
 # --- policies -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS), "external-secrets"])
 def test_policies_are_kept(folder):
-    assert complaints(rendered(KUBERNETES / folder)) == []
+    assert complaints(placed(KUBERNETES / folder)) == []
 
 
 def pod_of(thing):
@@ -316,8 +404,8 @@ SPOILED = [
     ("narrow", lets("egress", "to", {"ipBlock": {"cidr": "10.0.0.0/16"}}, [{"protocol": "TCP", "port": 1, "endPort": 65535}])),
     ("narrow", spoil("NetworkPolicy/mlflow", lambda it: it["spec"]["egress"][0].pop("to"))),
     *(
-        ("bound_to_us", spoil(f"{kind}/diffstill-trainjob", lambda it, group=group: it["subjects"].append({"kind": "Group", "name": group})))
-        for kind in ("RoleBinding", "ClusterRoleBinding")
+        ("bound_to_us", spoil(binding, lambda it, group=group: it["subjects"].append({"kind": "Group", "name": group})))
+        for binding in ("RoleBinding/diffstill-trainjob", "ClusterRoleBinding/diffstill-trainjob.diffstill")
         for group in ("system:authenticated", "system:unauthenticated")
     ),
     ("bound_to_us", spoil("RoleBinding/diffstill-pipeline", lambda it: it["subjects"][0].update(name="default"))),
@@ -358,22 +446,34 @@ SPOILED = [
     ("connected", drop("PriorityClass/diffstill-services")),
     ("connected", drop("ServiceAccount/postgres")),
 ]
+SPOILED_QUEUES = [
+    drop("ClusterQueue/diffstill"),
+    spoil("LocalQueue/diffstill-gpu", lambda it: it["spec"].update(clusterQueue="other")),
+    spoil("Namespace/diffstill", lambda it: it["metadata"]["labels"].pop("diffstill/queue")),
+    *(
+        spoil("ResourceQuota/diffstill", lambda it, more=more: it["spec"]["hard"].update(more))
+        for more in ({"requests.nvidia.com/gpu": "8"}, {"limits.nvidia.com/gpu": "64"}, {"limits.memory": "1Ti"}, {"requests.cpu": "128"})
+    ),
+]
 
 
-@pytest.mark.parametrize(("rule", "change"), SPOILED)
-def test_an_object_that_breaks_a_policy_is_reported(rule, change):
-    objects = overlay("kind")
+@pytest.mark.parametrize(
+    ("folder", "rule", "change"),
+    [*(("kind", rule, change) for rule, change in SPOILED), *(("kueue", "queued", change) for change in SPOILED_QUEUES)],
+)
+def test_an_object_that_breaks_a_policy_is_reported(folder, rule, change):
+    objects = overlay(folder)
     change(objects)
     assert rule in {said.partition(":")[0] for said in complaints(objects)}
 
 
 def test_every_policy_was_seen_to_complain():
-    assert {rule for rule, _change in SPOILED} == {rule.__name__ for rule in RULES}
+    assert {*(rule for rule, _change in SPOILED), "queued"} == {rule.__name__ for rule in RULES}
 
 
 def test_what_pods_read_is_there(secrets, tmp_path):
     """Keys of secrets and config maps, by name."""
-    for objects in (*(overlay(one) for one in OVERLAYS), together(tmp_path, COMPONENTS)):
+    for objects in (*(overlay(one) for one in OVERLAYS), together(tmp_path)):
         there = {
             (thing["kind"], thing["metadata"]["name"]): thing["data"] for thing in (*objects, *secrets) if thing["kind"] in ("Secret", "ConfigMap")
         }
@@ -386,31 +486,30 @@ def test_what_pods_read_is_there(secrets, tmp_path):
 
 def test_the_server_is_called_by_names_that_it_answers_to():
     objects = overlay("kind")
-    (server,) = [pod.spec["containers"][0] for pod in pods(by_kind(objects, "Deployment"))]
-    hosts = next(word for word in server["args"] if word.startswith("--allowed-hosts=")).partition("=")[2].split(",")
-    uri = next(thing["data"]["mlflow-uri"] for thing in by_kind(objects, "ConfigMap"))
-    assert uri.removeprefix("http://") in hosts
-    assert {"mlflow", "mlflow.diffstill.svc.cluster.local:5000", "localhost:*"} <= set(hosts)
+    for services in (objects, overlay("standalone")):
+        uri = next(thing["data"]["mlflow-uri"] for thing in by_kind(services, "ConfigMap"))
+        assert uri.removeprefix("http://") in hosts(objects)
+    assert {"mlflow", "mlflow.diffstill.svc.cluster.local:5000", "localhost:*"} <= set(hosts(objects))
 
 
-def hosts():
+def hosts(objects):
     """What MLflow answers to, as its own function takes it."""
-    found = []
-    hosts_of(next(thing for thing in overlay("kind") if name(thing) == "Deployment/mlflow"), found.append)
-    return found[0].split(",")
+    (pod,) = pods(by_kind(objects, "Deployment"))
+    (found,) = [word for word in arguments(pod, pod.spec["containers"][0]) if word.startswith("--allowed-hosts=")]
+    return found.partition("=")[2].split(",")
 
 
 @pytest.mark.parametrize(
     "host", ["10.244.0.7:5000", "10.0.0.1:5000", "172.17.0.10:5000", "192.168.1.2:5000", "localhost:8000", "mlflow.diffstill:5000"]
 )
 def test_prometheus_and_people_are_let_in(host):
-    assert is_allowed_host_header(hosts(), host)
+    assert is_allowed_host_header(hosts(overlay("kind")), host)
 
 
 @pytest.mark.parametrize("host", [*STRANGERS, "10.evil5.example.:5000", "10.244.0.7:50001", "10.evil.example:15000", "8.8.8.8:5000"])
 def test_a_name_that_a_stranger_leads_to_the_server_is_refused(host):
     """DNS rebinding: a page in somebody's browser talks to MLflow under a name of its own."""
-    assert not is_allowed_host_header(hosts(), host)
+    assert not is_allowed_host_header(hosts(overlay("kind")), host)
 
 
 @pytest.mark.parametrize(
@@ -497,13 +596,14 @@ def test_who_need_not_talk_cannot(source, target, port):
 
 
 def test_every_overlay_that_runs_are_sent_to_has_settings():
-    assert [one for one in OURS if one != "standalone"] == [one for one in SETTINGS if one != "mine"]
+    sent_to = [one for one in OURS if one != "standalone"]
+    assert {f"{one}/settings.yaml" for one in sent_to} | {"gpu/settings-spot.yaml"} == {one for one in SETTINGS if not one.startswith("mine/")}
 
 
-@pytest.mark.parametrize("overlay", SETTINGS)
-def test_the_settings_of_an_overlay_name_what_is_there(overlay, secrets, tmp_path):
-    objects = [*rendered(KUBERNETES / "overlays" / overlay), *secrets]
-    settings = load_settings(KUBERNETES / "overlays" / overlay / "settings.yaml")
+@pytest.mark.parametrize("file", SETTINGS)
+def test_the_settings_of_an_overlay_name_what_is_there(file, secrets, tmp_path):
+    path = KUBERNETES / "overlays" / file
+    objects, settings = [*placed(path.parent), *secrets], load_settings(path)
     write_package(settings, TAGGED, tmp_path / "distill.yaml", caching=False)
     infra = settings.infra
     data = {(thing["kind"], thing["metadata"]["name"]): set(thing["data"]) for thing in objects if "data" in thing}
@@ -520,7 +620,7 @@ def test_the_settings_of_an_overlay_name_what_is_there(overlay, secrets, tmp_pat
     quota = next(thing["spec"]["hard"] for thing in by_kind(objects, "ResourceQuota"))
     assert list(has_room(objects, one_run(settings))) == []
     assert {"requests.cpu", "limits.memory", "pods", "requests.storage"} <= set(quota)
-    assert ("requests.nvidia.com/gpu" in quota) == any(each.gpus for each in infra.resources.values())
+    assert ("requests.nvidia.com/gpu" in quota) == (not infra.queue and any(each.gpus for each in infra.resources.values()))
 
 
 def one_run(settings):
@@ -548,21 +648,110 @@ def test_a_quota_without_room_for_a_run_is_seen(what, much):
 
 def test_gpu_tasks_go_where_the_runtime_class_sends_pods():
     (gpu,) = by_kind(overlay("gpu"), "RuntimeClass")
-    for one in (one for one in SETTINGS if one not in ("kind", "mine")):
-        for task, resources in load_settings(KUBERNETES / "overlays" / one / "settings.yaml").infra.resources.items():
-            if resources.gpus:
+    for one in (one for one in SETTINGS if not one.startswith(("kind/", "mine/"))):
+        for task, resources in load_settings(KUBERNETES / "overlays" / one).infra.resources.items():
+            tolerated = [each.model_dump(exclude_none=True) for each in resources.tolerations]
+            if resources.gpus and "spot" in one:  # the label and the taint of spot nodes beside
+                ((label, _value),) = resources.node_selector.items() - gpu["scheduling"]["nodeSelector"].items()
+                assert tolerated == [*gpu["scheduling"]["tolerations"], {"key": label, "operator": "Exists", "effect": "NoSchedule"}], task
+            elif resources.gpus:
                 assert resources.node_selector == gpu["scheduling"]["nodeSelector"], (one, task)
-                assert [each.model_dump(exclude_none=True) for each in resources.tolerations] == gpu["scheduling"]["tolerations"], (one, task)
+                assert tolerated == gpu["scheduling"]["tolerations"], (one, task)
 
 
-def test_the_queue_holds_no_more_than_the_namespace():
+def test_a_task_on_spot_nodes_goes_on_where_it_was_and_is_tried_more_often():
+    usual, spot = (load_settings(KUBERNETES / "overlays" / "gpu" / file).infra for file in ("settings.yaml", "settings-spot.yaml"))
+    assert spot.work_claim
+    apart = ("retries", "timeout_minutes", "node_selector", "tolerations")
+    for task, resources in spot.resources.items():
+        before = usual.resources[task]
+        assert resources.model_copy(update={name: getattr(before, name) for name in apart}) == before, task
+        assert (resources.retries > before.retries) == bool(resources.gpus), task
+        assert resources.timeout_minutes or not resources.gpus, "a window of retries needs it"
+
+
+def test_the_queue_holds_a_run_and_names_its_flavor():
     objects = overlay("kueue")
-    (queue,), (quota,) = by_kind(objects, "ClusterQueue"), by_kind(objects, "ResourceQuota")
-    held = {each["name"]: each["nominalQuota"] for each in queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]}
-    assert held["nvidia.com/gpu"] == quota["spec"]["hard"]["requests.nvidia.com/gpu"]
-    assert int(held["cpu"]) <= int(quota["spec"]["hard"]["requests.cpu"])
-    (flavor,) = by_kind(objects, "ResourceFlavor")
-    assert [each["name"] for each in queue["spec"]["resourceGroups"][0]["flavors"]] == [flavor["metadata"]["name"]]
+    (queue,), (flavor,) = by_kind(objects, "ClusterQueue"), by_kind(objects, "ResourceFlavor")
+    (group,) = queue["spec"]["resourceGroups"]
+    assert [each["name"] for each in group["flavors"]] == [flavor["metadata"]["name"]]
+    held = {each["name"]: parse_quantity(each["nominalQuota"]) for each in group["flavors"][0]["resources"]}
+    run = one_run(load_settings(KUBERNETES / "overlays" / "kueue" / "settings.yaml"))
+    assert {what: run[f"requests.{what}"] <= much for what, much in held.items()} == dict.fromkeys(group["coveredResources"], True)
+
+
+# --- a second team ------------------------------------------------------------------------------------------------
+
+FIRST = re.compile(r"(?<![\w.-])(?:[a-z0-9-]+\.diffstill(?:[.:/,]|$)|diffstill\.svc\b)")
+"""A host in the namespace of the first team, or an object's name with it."""
+
+
+def traces(thing, at=""):
+    """Places in an object, or a part of one, that lead to the namespace of the first team."""
+    match thing:
+        case {"key": "kubernetes.io/metadata.name", "values": values}:
+            yield from (f"{at}.values" for value in values if value == "diffstill")
+        case dict():
+            for key, value in thing.items():
+                inner = f"{at}.{key}"
+                if key in ("namespace", "kubernetes.io/metadata.name") and value == "diffstill":
+                    yield inner
+                yield from traces(value, inner)
+        case list():
+            for number, value in enumerate(thing):
+                yield from traces(value, f"{at}[{number}]")
+        case str() if FIRST.search(thing):
+            yield at
+
+
+def space(thing):
+    """The name of an object and, where it has one, its namespace."""
+    return thing["apiVersion"], name(thing), thing["metadata"].get("namespace")
+
+
+@pytest.mark.parametrize("parts", [*(f"overlays/{one}" for one in OURS if one != "standalone"), "base"])
+def test_a_second_team_has_a_namespace_of_its_own(parts, tmp_path):
+    first, second = rendered(KUBERNETES / parts), made_of(tmp_path, [parts], namespace="team-b")
+    assert [f"{name(thing)}{at}" for thing in second for at in traces(thing)] == []
+    assert {space(thing) for thing in first} & {space(thing) for thing in second} == set(), "one would overwrite the other's"
+    assert {thing["metadata"].get("namespace") for thing in second} == {None, "team-b"}
+    assert {name(thing) for thing in second if "namespace" not in thing["metadata"]} == {
+        "Namespace/team-b",
+        "ClusterRoleBinding/diffstill-trainjob.team-b",
+    }
+    assert {"mlflow.team-b:5000", "mlflow.team-b.svc.cluster.local:5000"} <= set(hosts(second))
+    assert [error for thing in second for error in refused(thing)] == []
+    assert complaints(placed(tmp_path)) == []
+
+
+def test_what_the_cluster_has_once_is_the_same_for_all():
+    """No overlay repeats it, and it names no team."""
+    shared = [thing for part in CLUSTER for thing in rendered(part)]
+    assert [f"{name(thing)}{at}" for thing in shared for at in traces(thing)] == []
+    for one in OURS:
+        assert {space(thing) for thing in shared} & {space(thing) for thing in rendered(KUBERNETES / "overlays" / one)} == set()
+
+
+@pytest.mark.parametrize(
+    ("which", "path", "value"),
+    [
+        ("ConfigMap/diffstill-services", "data/mlflow-uri", "http://mlflow.diffstill:5000"),
+        ("ConfigMap/diffstill-services", "data/s3-endpoint", "http://s3.diffstill:8333"),
+        ("Deployment/mlflow", "spec/template/spec/containers/0/args/4", "--allowed-hosts=mlflow,mlflow.diffstill.svc:5000"),
+        ("NetworkPolicy/mlflow", "spec/ingress/0/from/1/namespaceSelector/matchLabels", {"kubernetes.io/metadata.name": "diffstill"}),
+        (
+            "NetworkPolicy/mlflow",
+            "spec/ingress/0/from/1/namespaceSelector",
+            {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["kubeflow", "diffstill"]}]},
+        ),
+        ("RoleBinding/diffstill-pipeline", "subjects/0/namespace", "diffstill"),
+        ("ClusterRoleBinding/diffstill-trainjob.team-b", "metadata/name", "diffstill-trainjob.diffstill"),
+    ],
+)
+def test_a_trace_of_the_first_team_is_seen(which, path, value, tmp_path):
+    thing = next(one for one in made_of(tmp_path, ["base"], namespace="team-b") if name(one) == which)
+    assert list(traces(thing)) == []
+    assert len(list(traces(put(thing, path, value)))) == 1
 
 
 def test_a_node_of_a_trainjob_keeps_the_policies():

@@ -14,7 +14,7 @@ import psycopg2
 import pytest
 from mlflow import MlflowClient
 
-from manifests import KUBERNETES, pods, rendered
+from manifests import KUBERNETES, arguments, pods, rendered
 from servers import _healthy, free_port, postgres, served
 
 
@@ -43,14 +43,14 @@ def cluster(database, gateway):
 
 
 def container(name):
-    found = [each for pod in pods(rendered(KUBERNETES / "overlays" / "kind")) for each in pod.containers if each["name"] == name]
-    assert len(found) == 1
-    return found[0]
+    pairs = [(pod, each) for pod in pods(rendered(KUBERNETES / "overlays" / "kind")) for each in pod.containers if each["name"] == name]
+    ((pod, found),) = pairs
+    return found | {"args": arguments(pod, found)}
 
 
 def command(container, cluster):
     """Its command and arguments, where hosts are those of this machine."""
-    words = [*container["command"], *container.get("args", [])]
+    words = [*container["command"], *container["args"]]
     for name, here in cluster[0].items():
         words = [word.replace(name, here) for word in words]
     start = {"python": [sys.executable], "mlflow": [sys.executable, "-m", "mlflow"]}
@@ -63,6 +63,8 @@ def environment(container, cluster):
     found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": tempfile.gettempdir(), "OMP_NUM_THREADS": "1"}
     for variable in container["env"]:
         named = variable.get("valueFrom", {})
+        if named.get("fieldRef"):
+            continue  # for its arguments alone
         source = named.get("secretKeyRef") or named.get("configMapKeyRef")
         found[variable["name"]] = keys[f"{source['name']}/{source['key']}"] if source else variable["value"]
     for name, here in places.items():
