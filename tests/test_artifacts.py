@@ -97,11 +97,20 @@ def test_the_digest_reaches_back_to_the_inputs(folder, tmp_path):
     assert len(digests) == 2
 
 
-def test_permissions_do_not_depend_on_the_writer(folder):
-    with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
-        (draft.folder / "secretive").write_text("")
-        (draft.folder / "secretive").chmod(0o600)
-    assert {oct(path.stat().st_mode & 0o777) for path in (folder, *folder.iterdir())} == {"0o755", "0o644"}
+@pytest.mark.parametrize(("umask", "modes"), [(0o022, {"0o755", "0o644"}), (0o077, {"0o700", "0o600"}), (0o002, {"0o775", "0o664"})])
+def test_modes_are_those_of_new_files_and_folders_whoever_wrote(folder, umask, modes):
+    before = os.umask(umask)
+    try:
+        with new_artifact(folder, "images", PrepareConfig(), {}) as draft:
+            (draft.folder / "part").mkdir(mode=0o755)
+            (draft.folder / "part" / "file").write_text("")
+            for name, mode in {"secretive": 0o600, "free": 0o666}.items():
+                (draft.folder / name).write_text("")
+                (draft.folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (folder, *folder.rglob("*"))} == modes
+    assert not list(folder.glob(".*"))
 
 
 # --- whole or absent ----------------------------------------------------------------------------------------------

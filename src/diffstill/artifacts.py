@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -201,12 +202,9 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Draft(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
     try:
-        draft.folder.chmod(0o755)
         yield draft
         _keep_ancestors(draft.folder / ANCESTORS, inputs.values())
         paths = [path for path in draft.folder.rglob("*") if path.is_file()]
-        for path in paths:
-            path.chmod(0o644)  # safetensors writes for its owner alone
         with ThreadPoolExecutor() as threads:
             files = {path.relative_to(draft.folder).as_posix(): digest for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
@@ -215,9 +213,20 @@ def new_artifact(folder: Path, kind: Kind, config: Section, inputs: Mapping[str,
         except ValidationError as error:
             raise DiffstillError(f"{folder}: the manifest {_told(error)}; mend what it is made from") from error
         (draft.folder / MANIFEST).write_text(manifest.text())
+        open_as_usual(draft.folder)
         _replace(draft.folder, folder)
     finally:
         shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+def open_as_usual(folder: Path) -> None:
+    """Give a folder and all in it the modes of newly made ones, as the umask has them: safetensors and `mkdtemp` write for their owner alone."""
+    new = folder / ".new"
+    new.mkdir()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _keep_ancestors(kept: Path, inputs: Iterable[Artifact]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffstill.artifacts import refuse_overlap
+from diffstill.artifacts import open_as_usual, refuse_overlap
 from diffstill.errors import DiffstillError
 from diffstill.loading import DistilledSet
 from diffstill.names import OURS
@@ -90,8 +90,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        partial.chmod(0o755)
         yield partial
+        open_as_usual(partial)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

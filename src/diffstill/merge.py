@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from diffstill.artifacts import open_artifact, refuse_overlap
+from diffstill.artifacts import open_artifact, open_as_usual, refuse_overlap
 from diffstill.errors import DiffstillError
 from diffstill.networks import ABOUT, apply_delta, fold_scales, open_generator, save_generator
 
@@ -44,5 +44,6 @@ def merge(generator: Path, denoiser: Path, output: Path, seed: int | None = None
             shutil.copyfile(made.folder / "class_map.json", folder / "class_map.json")
         said = {"frequency_shift": made.facts["frequency_shift"], "licence": made.facts.get("licence")}
         (folder / ABOUT).write_text(json.dumps(said, indent=1) + "\n")
+        open_as_usual(folder)
         folder.rename(output)
     return chosen
