@@ -15,6 +15,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,kfp,s3,dev]'
 	$(BIN)/pip check
+	@cd / && $(CURDIR)/$(BIN)/python -c 'import torchvision' 2>/dev/null || $(CURDIR)/$(BIN)/python -c 'from diffstill.torchvision_shim import install; print("torchvision was built for another torch, so its own operators are missing;", install(), "lets it load")'
 	touch $@
 
 demo: setup  ## the whole chain on the embedded digits, in build/demo

@@ -2,7 +2,7 @@
 
 import sys
 
-from diffstill import load, torchvision_shim  # noqa: F401  isort: skip  (before timm: torchvision beside a CPU build of torch)
+from diffstill import load  # isort: skip  (before timm: lets it load beside any build of torch)
 import timm
 import torch
 

@@ -47,8 +47,8 @@ def test_no_secret_is_printed():
 
 def test_versions_device_disk_and_endpoints_are_told():
     output = " ".join(examine(DIFFSTILL_WORK="/scratch/[bold]work").output.split())
-    for name in (*doctor.NEEDED, "dvc"):
-        assert f"{name} {importlib.metadata.version(name)} ok" in output
+    for name in (*doctor.NEEDED, "dvc"):  # torchvision and what rests on it may have been built for another torch
+        assert re.search(rf"\b{name} {re.escape(importlib.metadata.version(name))}( ok|, works in diffstill)", output)
     for what in ("python", "device", "memory", "GiB free", "current folder writable ok", "MLFLOW_TRACKING_URI none", "/scratch/[bold]work"):
         assert what in output
 
@@ -66,6 +66,29 @@ def test_what_is_missing_ends_in_exit_code_2(knob, value, told, monkeypatch):
     assert result.exit_code == 2
     assert result.stderr == "error: something that diffstill needs is missing, see above\n"
     assert [line.split()[0] for line in result.stdout.splitlines() if line.rstrip().endswith("missing")] == [told]
+
+
+def test_what_is_installed_but_cannot_be_imported_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "broken-1.2.dist-info").mkdir()
+    (tmp_path / "broken-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.2\n")
+    (tmp_path / "broken.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "NEEDED", ("broken",))
+    monkeypatch.setattr(doctor, "OPTIONAL", ())
+    result = examine(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert result.exit_code == 2
+    told = "1.2, cannot be imported (OSError: libcudart.so: cannot open shared object file); install it anew"
+    assert told in " ".join(result.stdout.replace("missing", "").split())
+
+
+def test_what_works_in_diffstill_alone_is_told_with_the_fix(monkeypatch):
+    reason = {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}
+    monkeypatch.setattr(doctor, "_unimportable", lambda *names: {} if "diffstill" in names else reason)
+    result = examine()
+    told = " ".join(result.stdout.split())
+    assert result.exit_code == 0
+    assert "works in diffstill, but not alone (RuntimeError: operator torchvision::nms does not exist); import it after diffstill, or" in told
+    assert f"timm {importlib.metadata.version('timm')} ok" in told
 
 
 def test_an_optional_package_may_be_missing(monkeypatch):

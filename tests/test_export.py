@@ -24,7 +24,6 @@ from pyarrow import parquet
 from benchmarks.load import random_set
 from chains import contents
 from diffstill import export as module
-from diffstill import torchvision_shim  # noqa: F401  (before torchvision)
 from diffstill.errors import DiffstillError
 from diffstill.export import Format, export
 from diffstill.loading import DistilledSet, open_set

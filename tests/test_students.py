@@ -10,7 +10,7 @@ from scipy.stats import kurtosis
 from sklearn.datasets import load_digits
 from torch import nn
 
-from diffstill import students, torchvision_shim  # noqa: F401  (the shim must stand before torchvision)
+from diffstill import students
 from diffstill.draws import Purpose, seeded
 from diffstill.errors import DiffstillError
 from diffstill.protocols import Protocol, protocol

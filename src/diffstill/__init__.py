@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from diffstill import torchvision_shim  # noqa: F401  (before torchvision, timm and diffusers, whoever imports them)
+
 if TYPE_CHECKING:
     from diffstill.loading import DistilledSet
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +29,21 @@ from diffstill.tracking import check_tracking
 
 NEEDED = ("torch", "torchvision", "diffusers", "timm", "safetensors", "pydantic", "scikit-learn", "mlflow")
 OPTIONAL = ("dvc", "kfp", "boto3")
+MODULES = {"scikit-learn": "sklearn"}
+"""Where a module is not called as its package."""
+IMPORTS = """
+import importlib, json, sys
+failed = {}
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(failed))
+"""
+OTHER_BUILD = """\
+import it after diffstill, or let the environment do so by `python -c "from diffstill.torchvision_shim import install; install()"`, \
+or install the torchvision that was built for this torch, from the index that torch came from"""
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 ENDPOINTS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "AWS_ENDPOINT_URL", "DIFFSTILL_WORK", "DIFFSTILL_CACHE")
 MIN_DISK_GIB = 2.0
@@ -98,13 +116,33 @@ def _print(findings: Sequence[Finding]) -> None:
 
 
 def _packages() -> list[Finding]:
-    findings = [Finding("python", platform.python_version(), "ok")]
+    """Every package is imported before it is vouched for: as a user's script does, and if that fails as diffstill does."""
+    findings, versions = [Finding("python", platform.python_version(), "ok")], {}
     for name in (*NEEDED, *OPTIONAL):
         try:
-            findings.append(Finding(name, importlib.metadata.version(name), "ok"))
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "not installed" + (" (optional)" if name in OPTIONAL else ""), "-" if name in OPTIONAL else "missing"))
+    plain = _unimportable(*versions)
+    ours = _unimportable("diffstill", *plain) if plain else {}
+    for name, version in versions.items():
+        if name in ours:
+            findings.append(Finding(name, f"{version}, cannot be imported ({ours[name]}); install it anew", "missing"))
+        elif name in plain:
+            findings.append(Finding(name, f"{version}, works in diffstill, but not alone ({plain[name]}); {OTHER_BUILD}", "-"))
+        else:
+            findings.append(Finding(name, version, "ok"))
     return findings
+
+
+@cache
+def _unimportable(*packages: str) -> dict[str, str]:
+    """Those that cannot be imported one after the other in a fresh process, each with the reason."""
+    modules = {MODULES.get(name, name): name for name in packages}
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *modules], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return dict.fromkeys(packages, f"Python ended with {done.returncode} while they were imported")
+    return {modules[name]: " ".join(reason.split()) for name, reason in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def _machine() -> list[Finding]:

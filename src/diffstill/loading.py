@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffstill import torchvision_shim  # noqa: F401  (before torchvision: transforms come from there, and worker processes import this first)
 from diffstill.artifacts import Artifact, Manifest, open_artifact
 from diffstill.errors import DiffstillError
 from diffstill.pictures import read_png

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffstill import torchvision_shim  # noqa: F401  (before diffusers)
 from diffstill.diffusion import sample_latents
 from diffstill.errors import DiffstillError
 

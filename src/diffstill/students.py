@@ -154,7 +154,6 @@ def _resnet_18(classes: int, channels: int, side: int) -> nn.Module:
 
 def _timm_model(name: str, classes: int, channels: int, side: int) -> nn.Module:
     """A timm architecture without pretrained weights. Its constructor draws from the global generator."""
-    from diffstill import torchvision_shim  # noqa: F401, I001  (must stand before timm)
     import timm
 
     refuse_unknown(name)
@@ -185,7 +184,6 @@ def refuse_unknown(name: str) -> None:
     """Raise `DiffstillError` if there is no student of that name, with those that are near."""
     if re.fullmatch(r"convnet-([1-9]\d?)|resnetap-10|resnet-18", name):
         return
-    from diffstill import torchvision_shim  # noqa: F401, I001  (must stand before timm)
     import timm
 
     if name not in timm.list_models():

@@ -12,7 +12,6 @@ import torch
 from test_finetune import KillAfter, _Killed
 
 from chains import Chain, contents, flip
-from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig
 from diffstill.errors import DiffstillError

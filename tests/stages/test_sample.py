@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from chains import Chain, contents
-from diffstill import torchvision_shim  # noqa: F401
 from diffstill.artifacts import open_artifact, to_pixels
 from diffstill.config import Params, SampleConfig
 from diffstill.errors import DiffstillError
