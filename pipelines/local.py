@@ -130,7 +130,7 @@ def execute(pipeline: BaseComponent, given: Mapping[str, Any], folder: Path, exe
         os.chown(folder / "runs", *executor.owner)
     cached = {"enable_caching": cache, "cache_root": str(folder / "cache") if cache else None}
     local.init(executor.runner, pipeline_root=str(folder / "runs"), raise_on_error=True, **cached)
-    with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Told(log, sys.stdout)), warnings.catch_warnings():
+    with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Told(log, sys.stderr)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"kfp\.local")  # at each task: that resources have no effect here, that the image is not run
         try:
             made: Mapping[str, Any] = pipeline(**given).outputs

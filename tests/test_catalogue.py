@@ -203,9 +203,9 @@ def test_load_passes_on_what_it_is_asked_for(here):
 
 
 def test_compare_writes_a_page(here):
-    shown = told("compare", "distilled-pets/1", "distilled-pets/2", "--output", "page.html")
-    assert "distilled-pets/1" in shown
-    assert str(Path("page.html").absolute()) in shown
+    ended = CliRunner().invoke(main, ["compare", "distilled-pets/1", "distilled-pets/2", "--output", "page.html"])
+    assert (ended.exit_code, ended.stderr) == (0, f"wrote {Path('page.html').absolute()}\n")
+    assert "distilled-pets/1" in ended.stdout
     assert "<html" in Path("page.html").read_text()
 
 
@@ -214,9 +214,10 @@ def test_compare_refuses_a_page_in_no_folder(here):
 
 
 def test_deprecated_versions_are_shown_as_such_until_it_is_taken_back(here):
-    assert "newest = 1" in told("deprecate", "distilled-pets/2", "--reason", "mirrored letters")
+    ended = CliRunner().invoke(main, ["deprecate", "distilled-pets/2", "--reason", "mirrored letters"])
+    assert (ended.exit_code, ended.stdout, "newest = 1" in ended.stderr) == (0, "", True)
     assert "deprecated: mirrored letters" in told("search", "name=distilled-pets")
-    assert "newest = 2" in told("deprecate", "distilled-pets/2", "--undo")
+    assert "newest = 2" in CliRunner().invoke(main, ["deprecate", "distilled-pets/2", "--undo"]).stderr
     assert all("deprecated" not in one.tags for one in Registry.here().search())
 
 

@@ -17,7 +17,7 @@ from diffstill.artifacts import ANCESTORS, MANIFEST, open_artifact
 from diffstill.config import Params, preset, render_params
 from diffstill.errors import DiffstillError
 from diffstill.record import ignore
-from diffstill.run import STAGES, Listener, _is_current, chain, run_chain, run_stage, score_names
+from diffstill.run import STAGES, Listener, _is_current, _log_costs, chain, run_chain, run_stage, score_names
 
 DISTILLED = {"sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"}
 """What depends on how images are sampled: not the real baselines."""
@@ -279,3 +279,18 @@ def test_a_chain_of_some_classes_is_refused_before_it_starts(tmp_path):
     with pytest.raises(DiffstillError, match=r"`sample.classes` is for `diffstill sample` alone"):
         run_chain(changed(preset("tiny"), "sample", classes=["1"]), tmp_path / "artifacts")
     assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "told"),
+    [
+        ("publish", {"version": 3.0, "bytes": 293518.0, "val_gain/ipc1": 2.776e-17, "val_gain/ipc10": -0.0123}, "version 3, bytes 293518, val_gain/ipc1 +0.0 points, val_gain/ipc10 -1.2 points"),
+        ("evaluate-real@convnet-2", {"full_convnet-2": 0.9188}, "full_convnet-2 91.9 %"),
+        ("pretrain", {"vae_loss": 0.00123456}, "vae_loss 0.001235"),
+    ],
+)  # fmt: skip
+def test_numbers_are_told_as_people_read_them(tmp_path, monkeypatch, caplog, name, metrics, told):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="diffstill")
+    _log_costs(name, metrics, {"seconds": 1.0, "peak_memory_mib": 2.0})
+    assert caplog.messages == [f"{name} done in 1.0 s, peak memory 2 MiB: {told}"]

@@ -248,7 +248,7 @@ def promote(ref: str, output: Path | None) -> None:
     from diffstill import promote as promoting
     from diffstill.registry import find
 
-    click.echo(promoting.text(promoting.promote(find(ref), output)), err=True)
+    click.echo(promoting.text(promoting.promote(find(ref), output)))
 
 
 @click.command()
@@ -349,8 +349,7 @@ def _print_garbage(survey: Any, outcomes: Any, asked: Sequence[Any], delete: boo
     click.echo(collecting.summary(survey, [one for one, outcome in told.items() if outcome in ("would go", "removed")], delete))
     if asked:
         click.echo(
-            f"versions: looked up at {', '.join(addresses)} and nowhere else; if another MLflow has versions in this store, name it with --registry",
-            err=True,
+            f"versions: looked up at {', '.join(addresses)} and nowhere else; if another MLflow has versions in this store, name it with --registry"
         )
 
 

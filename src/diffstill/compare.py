@@ -545,7 +545,8 @@ def text(comparison: Comparison) -> str:
 
 def _score_table(scores: Sequence[Score]) -> Table:
     found = Table(
-        title=f"Accuracy of students, %: mean ± sd (runs); B − A in points, 95 % interval over generation seeds, {INTERVALS}", title_justify="left"
+        title=f"Accuracy of students, % (IPC: images per class): mean ± sd (runs); B − A in points, 95 % interval over generation seeds, {INTERVALS}",
+        title_justify="left",
     )
     found.add_column("student")
     for head in ("IPC", "val A", "val B", "B − A", "test A", "test B", "B − A"):

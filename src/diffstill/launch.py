@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from diffstill.commands import mend_streams
 from diffstill.config import Params, read_json
 from diffstill.errors import DiffstillError
 from diffstill.run import resolve_device, run_stage
@@ -168,6 +169,7 @@ def _signals_as_before() -> Iterator[None]:
 @contextmanager
 def one_message() -> Iterator[None]:
     """Progress to standard error; a user's error is one message and its exit code, a bug keeps its traceback."""
+    mend_streams()
     log_progress()
     try:
         yield

@@ -295,7 +295,7 @@ def _kept(step: str, stage: str) -> str:
 
 def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, float]) -> None:
     """Costs go to a side log, never into artifacts. The many numbers of a report stand in its table, not here."""
-    shown = ", ".join(f"{name} {_number(value)}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
+    shown = ", ".join(f"{name} {_number(step, name, value)}" for name, value in metrics.items()) if len(metrics) <= SHOWN else ""
     log.info("%s done in %.1f s, peak memory %.0f MiB%s", step, costs["seconds"], costs["peak_memory_mib"], f": {shown}" if shown else "")
     path = work_root() / "costs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +303,12 @@ def _log_costs(step: str, metrics: Mapping[str, float], costs: Mapping[str, floa
         file.write(json.dumps({"step": step, **costs, **metrics}) + "\n")
 
 
-def _number(value: float) -> str:
+def _number(step: str, name: str, value: float) -> str:
+    """As people read it: accuracies in %, gains in points, as in the table that a chain ends with."""
+    if name.startswith("val_gain/"):
+        return f"{100 * value:+.1f} points"
+    if step.startswith("evaluate"):
+        return f"{100 * value:.1f} %"
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 

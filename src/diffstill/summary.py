@@ -67,7 +67,10 @@ def _table(rows: list[dict[str, str]]) -> Table:
     """One row per source, one column per student and IPC."""
     columns = list(dict.fromkeys((row["student"], row["images_per_class"]) for row in rows if row["images_per_class"]))
     protocols = ", ".join(dict.fromkeys(row["protocol"] for row in rows))
-    table = Table(title=f"Test accuracy of students, %: mean ± sd (runs); protocol {protocols}, hard labels, last epoch", title_justify="left")
+    table = Table(
+        title=f"Test accuracy of students, % (IPC: images per class): mean ± sd (runs); protocol {protocols}, hard labels, last epoch",
+        title_justify="left",
+    )
     table.add_column("source")
     for student, size in columns:
         table.add_column(f"{student}, IPC {size}", justify="right")

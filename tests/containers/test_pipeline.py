@@ -82,6 +82,6 @@ def test_a_failing_container_is_told(here: Here) -> None:
     (here.folder / "params.yaml").write_text(yaml.safe_dump(values))
     done = here.run()
     assert done.returncode == 2
-    assert re.search(r"error: .*'eleven'", done.stdout)
+    assert re.search(r"error: .*'eleven'", done.stderr)
     assert "error: the pipeline failed" in done.stderr
     assert contents(here.folder / "local" / "artifacts") == before

@@ -309,7 +309,7 @@ def test_an_impossible_folder_is_one_message(tmp_path, say):
     for words in (("up", "--engine=native"), ("up", "--engine=compose")):
         done = say(*words, state="file/state")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert f"error: {tmp_path / 'file/state'}: Not a directory; make the place writable" in done.stderr
+        assert f"error: {tmp_path / 'file/state'}: Not a directory; choose another folder" in done.stderr
 
 
 def test_settings_that_are_no_text_are_one_message(tmp_path, say):
@@ -450,4 +450,4 @@ def test_a_backup_below_a_file_is_one_message(tmp_path, monkeypatch):
     done = CliRunner().invoke(main, [f"--settings={tmp_path / '.env'}", "backup", str(tmp_path / "file" / "copy")])
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(f"error: {tmp_path / 'file'}")
-    assert "make the place writable with room on its disk, or name another" in done.output
+    assert "choose another folder" in done.output

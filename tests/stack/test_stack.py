@@ -72,7 +72,7 @@ class Place:
         done = subprocess.run([*self.words, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         assert not [secret for secret in secrets(self.settings) if secret in done.stdout + done.stderr and words != ("env",)]
-        return done.stdout if code in (0, 1) else done.stderr
+        return done.stdout + done.stderr if code in (0, 1) else done.stderr
 
     def refusal(self, *words: str, **environment: str) -> str:
         """The one line that a command refuses with."""
@@ -205,8 +205,8 @@ def test_without_an_engine_for_containers_processes_are_taken_with_a_line_that_s
         done = subprocess.run(
             [*place.words, "up"], cwd=ROOT, env=os.environ | {"DOCKER_HOST": "unix:///nowhere"}, capture_output=True, text=True, check=False
         )
-    assert done.stdout.startswith("no containers here: no Docker engine answers (")
-    assert done.stdout.endswith("; taking processes of this machine\n")
+    assert done.stderr.startswith("no containers here: no Docker engine answers (")
+    assert done.stderr.splitlines()[0].endswith("; taking processes of this machine")
     assert (done.returncode, f"port {place.settings.postgres_port} of postgres is taken by another program" in done.stderr) == (2, True)
 
 

@@ -273,7 +273,8 @@ def test_two_versions_are_compared(customer, tiny_chain, tmp_path):
 
 def test_a_deprecated_version_warns_and_gives_its_aliases_back(customer):
     before = customer.aliases()
-    assert say("deprecate", customer.name, "--reason=wrong labels, see 7").startswith(f"{customer.name}/2 is deprecated; aliases: ")
+    ended = CliRunner().invoke(main, ["deprecate", customer.name, "--reason=wrong labels, see 7"])
+    assert ended.stderr.startswith(f"{customer.name}/2 is deprecated; aliases: ")
     try:
         assert customer.aliases() == {"newest": 1, "best-ipc1": 1, "best-ipc2": 1}
         assert "deprecated: wrong labels, see 7" in say("search", f"name={customer.name}", "guidance=2.5")
