@@ -191,7 +191,7 @@ def test_a_stage_returns_its_metrics_and_says_how_long_it_took(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="diffstill")
     metrics = run_stage("prepare", preset("tiny").prepare, {"images": tmp_path / "images"}, step="prepare@mine")
-    assert metrics == {"train_images": 387.0, "val_images": 43.0, "test_images": 107.0, "rejected": 0.0}
+    assert metrics == {"train_images": 387.0, "val_images": 43.0, "test_images": 107.0, "rejected": 0.0, "left_out": 0.0}
     assert caplog.messages[0] == "prepare@mine ..."
     assert re.match(r"prepare@mine done in .* s, peak memory .* MiB: train_images 387, ", caplog.messages[-1])
 

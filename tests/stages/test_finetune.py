@@ -295,8 +295,9 @@ def test_balanced_batches(tiny_chain: Chain) -> None:
     run = tuning(tiny_chain, balanced=True, batch_size=12)
     for step in range(3):
         assert run.draw(step).classes.bincount().tolist() == [4, 4, 4]
+    uneven = run.config.model_copy(update={"batch_size": 10})
     with pytest.raises(DiffstillError, match="multiple of the 3 classes"):
-        tuning(tiny_chain, balanced=True, batch_size=10)
+        FineTuning(uneven, 0, run.data, load_generator(tiny_chain.artifacts / "generator"))
 
 
 def test_no_policy_no_terms(tiny_chain: Chain) -> None:

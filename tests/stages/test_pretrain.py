@@ -193,7 +193,8 @@ def test_refusals(tiny_chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(DiffstillError, match="not a diffusers DiTPipeline folder"):
         pretrain(settings_of(tiny_chain, source="folder", location=str(tmp_path)), images=images, generator=out)
     with pytest.raises(DiffstillError, match="cannot be halved"):
-        pretrain(settings_of(tiny_chain, vae={"channels": [16, 16, 16, 16, 16]}), images=images, generator=out)
+        narrow = tiny_chain.params.pretrain.vae.model_copy(update={"channels": (16,) * 5})
+        pretrain(tiny_chain.params.pretrain.model_copy(update={"vae": narrow}), images=images, generator=out)
     with pytest.raises(DiffstillError, match="refusing to replace"):
         pretrain(tiny_chain.params.pretrain, images=images, generator=_occupied(tmp_path))
     assert not out.exists()
