@@ -10,8 +10,8 @@ from uuid import uuid4
 from components.images import Images
 from diffstill import references
 from diffstill.config import Params, PretrainConfig
+from diffstill.environment import git_sha
 from diffstill.errors import DiffstillError
-from diffstill.tracking import git_sha
 from pipelines.client import Arguments
 from pipelines.connection import find_host
 from pipelines.distill import arguments, literal

@@ -62,6 +62,18 @@ def told(*arguments, code: int = 0) -> str:
     return ended.stdout
 
 
+# --- nothing there ---
+
+
+def test_looking_makes_no_database(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert (told("list"), told("list", "--json"), told("search", "ipc=10")) == ("", "[]\n", "")
+    assert "no distilled set of that name" in told("card", "distilled-pets", code=2)
+    assert "there are none yet" in told("deprecate", "distilled-pets/1", "--reason", "old", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- looking ------------------------------------------------------------------------------------------------------
 
 

@@ -399,7 +399,7 @@ def test_versions_tell_what_published_them(tmp_path, monkeypatch):
     code = {one.name: (one.first, one.second) for one in found.code}
     assert code["container image"] == ("registry.example/diffstill@sha256:0123",) * 2
     assert code["licence"] == ("CC0", "CC0")
-    assert {"commit", "diffstill"} <= code.keys()
+    assert {"code", "project's commit", "diffstill"} <= code.keys()
     facts = {one.name: (one.first, one.second) for one in found.facts}
     assert facts["Deprecated"] == ("blurred", None)
     assert "newest" in facts["Aliases"][1]

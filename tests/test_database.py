@@ -7,9 +7,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier
 
+import mlflow  # noqa: F401  (for the processes that are forked: importing it takes longest)
 import pytest
 
 from diffstill.config import preset
@@ -31,9 +33,20 @@ def at_once(*work) -> None:
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Path:
-    """A folder with a new mlflow.db, which takes seconds to make: copy it. Several who open it at once have made it."""
-    folder = tmp_path_factory.mktemp("fresh")
-    at_once(*[partial(connect, uri_of(folder / "mlflow.db"))] * 3)
+    """A folder with a new mlflow.db, which takes seconds to make: copy it. Several processes that opened it in the same moment have made it."""
+    folder, context = tmp_path_factory.mktemp("fresh"), get_context("fork")
+    together = context.Barrier(3)
+
+    def start() -> None:
+        together.wait()
+        connect(uri_of(folder / "mlflow.db"))
+
+    processes = [context.Process(target=start) for _ in range(together.parties)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     return folder
 
 
@@ -168,9 +181,10 @@ def test_a_database_without_the_files_of_its_runs_is_refused(folder, monkeypatch
     (folder / "mlflow.db").rename(there / "mlflow.db")
     (folder / "mlartifacts").rename(folder.parent / "aside")
     enter(there, monkeypatch)
+    shutil.rmtree(folder)
     with pytest.raises(DiffstillError, match=rf"neither {folder}/mlartifacts, where they were, nor {there}/mlartifacts has them; move that folder"):
         a_run()
-    (folder / "mlartifacts").mkdir()
+    (folder / "mlartifacts").mkdir(parents=True)
     a_run()
 
 

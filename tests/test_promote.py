@@ -125,6 +125,7 @@ def test_the_dvc_file_says_where_it_is_from(found, project):
         "sha256": found.version.tags["sha256"],
         "images_sha256": found.version.tags["images_sha256"],
         "git_sha": found.version.tags["git_sha"],
+        "code": found.version.tags["code"],
     }
 
 

@@ -34,6 +34,7 @@ from diffstill import storage
 from diffstill.artifacts import Artifact, Manifest, open_artifact
 from diffstill.cli import main
 from diffstill.config import Params, PublishConfig, render_params
+from diffstill.environment import is_commit
 from diffstill.errors import DiffstillError, GateError
 from diffstill.lineage import Lineage
 from diffstill.loading import DistilledSet
@@ -273,6 +274,7 @@ def test_a_version_says_what_it_is_and_its_run_holds_the_files(reader, first):
     assert {kind: version.digest(kind) for kind in artifacts} == {kind: artifact.digest for kind, artifact in artifacts.items()}
     assert version.validations() == {1: [0.41, 0.41, 0.42], 2: [0.375, 0.385, 0.38]}
     assert (version.tags["ipc"], version.tags["licence"], version.tags["git_sha"]) == ("2", "CC BY 4.0", "none")
+    assert is_commit(version.tags["code"]) or version.tags["code"] == diffstill.__version__
     assert version.tags[MARK] == diffstill.__version__
     (run,) = reader.runs()
     assert (version.run_id, run.info.status) == (run.info.run_id, "FINISHED")

@@ -63,6 +63,7 @@ def settings(tiny_chain, checkout, tmp_path_factory) -> dict[str, str]:
         enter(world, checkout)
         for name, value in found.items():
             world.setenv(name, value)
+        world.setattr("diffstill.registry.code_commit", lambda: git(checkout, "rev-parse", "HEAD"))
         inputs = {name: tiny_chain.artifacts / name for name in ("distilled", "report")}
         run_stage("publish", tiny_chain.params.publish, {**inputs, "card": folder / "card"}, params=tiny_chain.params)
     (checkout / "src" / "diffstill" / "cli.py").write_text("raise RuntimeError('not the commit')\n")
@@ -273,20 +274,30 @@ def with_tags(found: Found, **tags: str) -> Found:
         (f"{'a' * 40}-dirty", f"the set names {'a' * 40}-dirty: with changes that no commit has"),
         ("none", "the set names no commit"),
         ("--help", "the set names --help: with changes that no commit has"),
+        ("0.0.7", "the set was published with diffstill 0.0.7, install that for the same code"),
     ],
 )
 def test_without_its_commit_the_installed_code_runs_and_says_so(made, found, tmp_path, sha, why):
-    found = with_tags(found, git_sha=sha)
+    found = with_tags(found, code=sha)
     result = reproduce(found, begun(made, tmp_path / "anew", found))
     assert (result.code.why, result.code.exact, result.code.folder) == (why, False, None)
     assert why in text(result)
 
 
-def test_in_an_image_of_that_commit_its_code_is_the_right_one(made, found, tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFSTILL_REVISION", "b" * 40)
-    found = with_tags(found, git_sha="b" * 40)
-    result = reproduce(found, begun(made, tmp_path / "anew", found, code=f"commit {'b' * 40}"))
-    assert (result.code.exact, result.code.folder) == (True, None)
+@pytest.mark.parametrize(("code", "name"), [("b" * 40, f"commit {'b' * 40}"), ("0.1.0", "diffstill 0.1.0")])
+def test_where_the_same_code_is_installed_it_is_the_right_one(code, name, made, found, tmp_path, monkeypatch):
+    """Whatever the commit of the project was that used it."""
+    monkeypatch.setattr("diffstill.reproduce.code_commit", lambda: code)
+    found = with_tags(found, code=code, git_sha="c" * 40)
+    result = reproduce(found, begun(made, tmp_path / "anew", found, code=name))
+    assert (result.code.name, result.code.exact, result.code.folder) == (name, True, None)
+
+
+def test_a_version_of_before_names_its_code_by_one_commit(made, found, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffstill.reproduce.code_commit", lambda: "b" * 40)
+    before = replace(found, version=replace(found.version, tags={name: tag for name, tag in found.version.tags.items() if name != "code"}))
+    before = with_tags(before, git_sha="b" * 40)
+    assert reproduce(before, begun(made, tmp_path / "anew", found, code=f"commit {'b' * 40}")).code.exact
 
 
 def test_a_commit_of_a_project_that_only_uses_the_package_has_no_code(made, found, tmp_path, monkeypatch):
@@ -295,7 +306,7 @@ def test_a_commit_of_a_project_that_only_uses_the_package_has_no_code(made, foun
     for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "mine")):
         git(own, *command)
     monkeypatch.chdir(own)
-    found = with_tags(found, git_sha=git(own, "rev-parse", "HEAD"))
+    found = with_tags(found, code=git(own, "rev-parse", "HEAD"))
     assert not reproduce(found, begun(made, tmp_path / "anew", found)).code.exact
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -18,10 +20,11 @@ from diffstill.artifacts import Artifact, Manifest, read_manifest
 from diffstill.config import Params, load_params, preset
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.run import run_stage
-from diffstill.tracking import DESCRIPTION, _called, _dataset, git_sha, open_chain, stage_run, tracking_uri
+from diffstill.tracking import DESCRIPTION, _called, _dataset, open_chain, stage_run, tracking_uri
 from servers import mlflow_server
 
 TINY = preset("tiny")
+SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +113,21 @@ def test_the_report_finishes_the_chain(runs):
     with stage("report"):
         pass
     assert {run.info.status for run in runs()} == {"FINISHED"}
-    with stage("publish"):
+    with stage("publish") as run:
+        run.open()
         assert "RUNNING" in {run.info.status for run in runs() if "diffstill.chain" in run.data.tags}
     assert {run.info.status for run in runs()} == {"FINISHED"}
+
+
+def test_what_the_version_is_called_and_a_commit_make_no_other_chain(runs, monkeypatch):
+    with stage("report"):
+        pass
+    renamed = TINY.model_copy(update={"publish": TINY.publish.model_copy(update={"name": "distilled-other", "gate": "off"})})
+    monkeypatch.setattr("diffstill.tracking.git_sha", lambda: SHA)
+    monkeypatch.setattr("diffstill.tracking.code_commit", lambda: SHA)
+    with stage("publish", renamed):
+        pass
+    assert len({parent_of(run) for name in ("report", "publish") for run in runs(**{"diffstill.stage": name})}) == 1
 
 
 def test_an_injected_run_is_the_parent_and_stays_open(runs, monkeypatch):
@@ -199,12 +214,30 @@ def test_fine_tuning_shows_what_it_draws(runs, tiny_chain: Chain, tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_stage_is_marked_and_its_error_goes_on(error, runs):
     def fail():
-        with stage("encode"):
+        with stage("encode") as run:
+            run.metrics({"images": 1.0}, 0)
             raise error
 
     with pytest.raises(error):
         fail()
     assert [run.info.status for run in runs(**{"diffstill.stage": "encode"})] == ["FAILED"]
+
+
+def test_a_stage_that_refuses_its_input_leaves_nothing(runs):
+    given = TINY.model_copy(update={"prepare": TINY.prepare.model_copy(update={"source": "folder", "location": "/no/such/folder"})})
+    with pytest.raises(DiffstillError, match="/no/such/folder: is no folder"):
+        run_stage("prepare", given.prepare, {"images": Path("images")}, params=given)
+    assert runs() == []
+
+
+def test_keys_of_the_users_own_are_no_names_of_parameters(runs):
+    labels = {"a,b": "1", "ä": "2", "": "3"}
+    params = TINY.model_copy(update={"pretrain": TINY.pretrain.model_copy(update={"labels": labels})})
+    with stage("pretrain", params):
+        pass
+    (run,) = runs(**{"diffstill.stage": "pretrain"})
+    assert run.data.params["labels"] == str(labels)
+    assert run.data.params["vae.steps"] == str(TINY.pretrain.vae.steps)
 
 
 # --- where the data come from -------------------------------------------------------------------------------------
@@ -241,6 +274,8 @@ def test_steps_at_the_same_time_may_say_the_same(runs, tiny_chain: Chain):
     images, errors = read_manifest(tiny_chain.artifacts / "images", "images"), []
     with ExitStack() as open_runs:
         steps = [open_runs.enter_context(stage("encode")) for _ in range(6)]
+        for step in steps:
+            step.open()
         together = Barrier(len(steps))
 
         def tell(step):
@@ -301,7 +336,8 @@ def test_a_chain_is_found_by_what_it_is(runs):
 
 
 def test_a_chain_describes_itself_and_how_to_repeat_it(runs, database, tmp_path):
-    folder = TINY.model_copy(update={"prepare": TINY.prepare.model_copy(update={"source": "folder", "location": str(database / "birds")})})
+    changes = {"prepare": {"source": "folder", "location": str(database / "birds")}, "publish": {"name": "distilled-birds"}}
+    folder = TINY.model_copy(update={name: TINY.section(name).model_copy(update=values) for name, values in changes.items()})
     open_chain(folder)
     (parent,) = runs()
     text = parent.data.tags[DESCRIPTION]
@@ -335,18 +371,23 @@ def test_an_experiment_is_described_once(runs, request):
     assert runs.client.get_experiment_by_name(request.node.name).tags[DESCRIPTION] == "mine"
 
 
-def test_the_commit_stands_where_mlflow_shows_it(runs, monkeypatch):
-    for sha, told in (
-        ("0123456789abcdef", "at commit `0123456789abcdef`, `"),
-        ("0123456789abcdef-dirty", "`0123456789abcdef` (files differed from it), `"),
-    ):
-        monkeypatch.setenv("DIFFSTILL_REVISION", sha)
-        with stage("prepare"):
-            pass
-        (parent,) = [run for run in runs(**{"diffstill.git_sha": sha}) if "diffstill.chain" in run.data.tags]
-        (step,) = [run for run in runs(**{"diffstill.git_sha": sha}) if "diffstill.stage" in run.data.tags]
-        assert told in parent.data.tags[DESCRIPTION]
-        assert parent.data.tags["mlflow.source.git.commit"] == step.data.tags["mlflow.source.git.commit"] == "0123456789abcdef"
+@pytest.mark.parametrize(
+    ("code", "told", "commit"),
+    [
+        (SHA, f"with diffstill at commit `{SHA}`, `", SHA),
+        (f"{SHA}-dirty", f"with diffstill at commit `{SHA}` (files differed from it), `", SHA),
+        ("0.0.7", "with diffstill 0.0.7, `", None),
+    ],
+)
+def test_the_commit_stands_where_mlflow_shows_it(code, told, commit, runs, monkeypatch):
+    """That of diffstill; the project's stands in a tag of its own."""
+    monkeypatch.setattr("diffstill.tracking.code_commit", lambda: code)
+    monkeypatch.setattr("diffstill.tracking.git_sha", lambda: "f" * 40)
+    with stage("prepare"):
+        pass
+    parent, step = sorted(runs(**{"diffstill.code": code, "diffstill.git_sha": "f" * 40}), key=lambda run: "diffstill.stage" in run.data.tags)
+    assert told in parent.data.tags[DESCRIPTION]
+    assert parent.data.tags.get("mlflow.source.git.commit") == step.data.tags.get("mlflow.source.git.commit") == commit
 
 
 # --- a server, off, and out of reach ------------------------------------------------------------------------------
@@ -414,6 +455,68 @@ def test_a_tracker_that_does_not_answer_is_one_clear_message(uri, told, tmp_path
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:5000", "localhost:5000", "mlflow.example", "mlflow.db"])
+def test_an_address_without_a_scheme_is_refused_with_the_right_one(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f" {address} ")
+    with pytest.raises(DiffstillError, match=rf"^'{address}': .* no scheme; write http://{address} for a server"), stage("sample"):
+        pytest.fail("the stage must not start")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"me:s3cr3t@{address}")
+    with pytest.raises(DiffstillError, match=r"'\*\*\*@.*no scheme") as refused, stage("sample"):
+        pytest.fail("the stage must not start")
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_an_empty_setting_is_none(runs, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", " ")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    with stage("sample"):
+        pass
+    assert runs.client.get_experiment_by_name("diffstill")
+
+
+def test_a_deleted_experiment_says_how_it_comes_back(runs, database, request):
+    with stage("prepare"):
+        pass
+    experiment = runs.client.get_experiment_by_name(request.node.name).experiment_id
+    runs.client.delete_experiment(experiment)
+    with (
+        pytest.raises(DiffstillError, match=rf"{request.node.name}' at sqlite:.* was deleted; set MLFLOW_EXPERIMENT_NAME") as refused,
+        stage("encode"),
+    ):
+        pytest.fail("the stage must not start")
+    command = str(refused.value).partition("run: ")[2]
+    assert command == f"MLFLOW_TRACKING_URI=sqlite:///{database}/mlflow.db mlflow experiments restore --experiment-id {experiment}"
+
+
+def test_a_deleted_injected_run_says_how_it_comes_back(runs, request, monkeypatch):
+    run_id = runs.client.create_run(runs.client.create_experiment(request.node.name)).info.run_id
+    runs.client.delete_run(run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    with pytest.raises(DiffstillError, match=rf"{run_id}: that run was deleted; .* mlflow runs restore --run-id {run_id}"), stage("encode"):
+        pytest.fail("the stage must not start")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ("UPDATE alembic_version SET version_num = '451aebb31d03'", r"an older version .* keep a copy of it, then run: mlflow db upgrade sqlite:///"),
+        ("UPDATE alembic_version SET version_num = 'f00df00df00d'", r"a later version .* \(schema f00df00df00d\); install that version"),
+        ("UPDATE alembic_version SET version_num = 'f00df00df00d'; DROP TABLE trace_tags", r"a later version .* \(schema f00df00df00d\)"),
+    ],
+)
+def test_tables_of_another_mlflow_are_refused_with_the_remedy(spoil, told, database, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(database / "mlflow.db", tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as tables:
+        tables.executescript(spoil)
+    with pytest.raises(DiffstillError, match=told) as refused, stage("sample"):
+        pytest.fail("the stage must not start")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.usefixtures("runs")
 def test_an_injected_run_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef0123456789abcdef")
@@ -427,6 +530,7 @@ def test_an_injected_run_that_is_not_there_is_refused(monkeypatch):
 def test_a_tracker_lost_on_the_way_is_refused_too(runs):
     def lose():
         with stage("sample") as run:
+            run.open()
             runs.client.delete_run(runs(**{"diffstill.stage": "sample"})[0].info.run_id)
             run.metrics({"images": 1.0}, 0)
 
@@ -446,22 +550,3 @@ def test_a_tracker_lost_on_the_way_is_refused_too(runs):
 )
 def test_without_secrets(text, shown):
     assert without_secrets(text) == shown
-
-
-# --- commit -------------------------------------------------------------------------------------------------------
-
-
-def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_sha() == "none"
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    (tmp_path / "a").write_text("1")
-    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *arguments], check=True, env=os.environ | {"GIT_CONFIG_GLOBAL": os.devnull})
-    commit = git_sha()
-    assert len(commit) == 40
-    (tmp_path / "untracked").write_text("1")
-    assert git_sha() == commit
-    (tmp_path / "a").write_text("2")
-    assert git_sha() == f"{commit}-dirty"

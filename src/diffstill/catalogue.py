@@ -194,7 +194,14 @@ def _published(version: Any) -> list[tuple[str, str, str]]:
         return []
     tags, shown = (
         version.tags,
-        {"data_revision": "data revision", "data_md5": "data md5", "git_sha": "code", "image": "image", "kfp_run_id": "Kubeflow run"},
+        {
+            "data_revision": "data revision",
+            "data_md5": "data md5",
+            "git_sha": "project",
+            "code": "code",
+            "image": "image",
+            "kfp_run_id": "Kubeflow run",
+        },
     )
     lines = [(name, tags[tag], "") for tag, name in shown.items() if tag in tags]
     return [*lines, (version.ref, " ".join(version.aliases) or "no alias", "distilled, report")]

@@ -37,7 +37,7 @@ IMAGES_SHOWN = 10
 CLASSES_SHOWN = 100
 STEPS: tuple[Kind, ...] = ("images", "generator", "latents", "denoiser", "distilled")
 """What a set is made through, inputs first."""
-TAGS = {MARK: "diffstill", "git_sha": "commit", "image": "container image", "licence": "licence"}
+TAGS = {MARK: "diffstill", "code": "code", "git_sha": "project's commit", "image": "container image", "licence": "licence"}
 """Tags of a version that tell of code and terms, in a reader's words."""
 _NAMES: Mapping[Kind, str] = {"images": "real images", "distilled": "distilled set"}
 _ORIGINS = {"untuned": "the untuned generator", "distilled": "a fine-tuned generator"}
@@ -282,9 +282,9 @@ def _reason(one: _Side, other: _Side, kind: Kind, knobs: Sequence[Pair]) -> str:
         return f"A is drawn from {_ORIGINS[one.facts.source]}, B from {_ORIGINS[other.facts.source]}"
     if knobs:
         return ""
-    commits = [side.tags.get("git_sha") for side in (one, other)]
+    commits = [side.tags.get("code") or side.tags.get("git_sha") for side in (one, other)]
     data = "the raw data, " if kind == "images" else "the imported weights, " if one.own[kind].manifest.config.get("location") else ""
-    known = f" (published at commits {commits[0]} and {commits[1]})" if all(commits) and commits[0] != commits[1] else ""
+    known = f" (published with {commits[0]} and {commits[1]})" if all(commits) and commits[0] != commits[1] else ""
     return f"the settings and inputs of this step are equal, so {data}the code{known}, its libraries or the machine made the difference"
 
 

@@ -95,7 +95,7 @@ def _follow(database: sqlite3.Connection, file: Path) -> None:
         if any((here / run).is_dir() for run in runs):
             _rewrite(database, location, here.as_uri())
             log.warning("%s was in %s before; its artifacts are now those in %s", file.name, there.parent, here)
-        elif runs and not there.is_dir():
+        elif runs and not there.parent.is_dir():  # where only the folder of the files is missing, none was written yet
             raise DiffstillError(
                 f"{file}: has lost the files of its runs: neither {there}, where they were, nor {here} has them; "
                 "move that folder to one of these places, or make the first anew if they are gone for good"

@@ -1,10 +1,12 @@
-"""What may change the rounding of a result beside its settings, inputs and code: versions of packages, processor, GPUs."""
+"""What a result depends on beside its settings and inputs: the code, versions of packages, processor, GPUs."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import re
+import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +46,39 @@ def maker(device: str) -> str:
 
         kind = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else torch.device(device).type
     return f"code {code_version()}, {kind}, {rank_here()[1]} processes"
+
+
+def git_sha() -> str:
+    """The commit of the project in the current folder, with `-dirty` if files differ from it; `none` outside git."""
+    try:
+        return _commit(Path.cwd())
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def code_commit() -> str:
+    """What diffstill itself is: the commit, with `-dirty` as above, of a checkout or of the image, or else the version that is installed."""
+    package = Path(__file__).parent
+    try:
+        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)  # the repository around may ignore the environment that it lies in
+        return _commit(package, str(package))
+    except (OSError, subprocess.CalledProcessError):
+        revision = os.environ.get("DIFFSTILL_REVISION", "")
+        return revision if is_commit(revision) else version("diffstill")
+
+
+def is_commit(code: str) -> bool:
+    """Whether what `git_sha` or `code_commit` says names a commit."""
+    return re.fullmatch(r"[0-9a-f]{40}(-dirty)?", code) is not None
+
+
+def _commit(folder: Path, *watched: str) -> str:
+    sha = _git(folder, "rev-parse", "HEAD")
+    return f"{sha}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *watched) else sha
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def environment() -> dict[str, str]:

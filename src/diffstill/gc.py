@@ -32,7 +32,7 @@ from diffstill.html import plural
 from diffstill.record import Record, ignore
 from diffstill.registry import STORED, Registry
 from diffstill.run import STAGES, Step, chain
-from diffstill.tracking import OFF, tracking_uri
+from diffstill.tracking import OFF, registry_uri
 
 SHORTEST = timedelta(hours=1)
 """A publisher may take as long between its upload and its registration."""
@@ -140,7 +140,7 @@ def idle_time(text: str) -> timedelta:
 
 def registries(named: Sequence[str] = ()) -> list[Registry]:
     """Those at the URIs that are named, and that of the environment. Raises `DiffstillError` where there is none, or one that is not there."""
-    own = os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri()
+    own = registry_uri()
     given = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI")
     uris = [*named, *([own] if own != OFF and (given or not named) else [])]
     if not uris:

@@ -141,9 +141,9 @@ def _add(repository: Repo, folder: Path, found: Found) -> Stage:
 
 
 def _origin(found: Found) -> dict[str, str]:
-    """What the `.dvc` file keeps: the reference, digests of the set and of the real images, and the commit of the code."""
+    """What the `.dvc` file keeps: the reference, digests of the set and of the real images, and the commits of the project and of the code."""
     images = Lineage.of(open_artifact(found.folder(), "distilled"))["images"].digest
-    code = {"git_sha": found.version.tags["git_sha"]} if found.version and "git_sha" in found.version.tags else {}
+    code = {name: found.version.tags[name] for name in ("git_sha", "code") if name in found.version.tags} if found.version else {}
     return {"ref": _name(found), "sha256": found.digest, "images_sha256": images, **code}
 
 

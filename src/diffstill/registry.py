@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -24,14 +24,14 @@ from urllib.parse import quote
 
 from diffstill import __version__, database, storage
 from diffstill.artifacts import MANIFEST, Artifact, Kind, cache_folder, is_digest, open_artifact, read_manifest
-from diffstill.environment import environment
+from diffstill.environment import code_commit, environment, git_sha
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import Lineage
 from diffstill.names import is_name
 from diffstill.record import Record, ignore
 from diffstill.scores import Gain, gain
 from diffstill.stages.publish import Release
-from diffstill.tracking import OFF, StageRun, answering, connect, git_sha, tracking_uri
+from diffstill.tracking import OFF, StageRun, answering, connect, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,8 +116,14 @@ class Reference:
 class Registry:
     """The model registry of an MLflow server."""
 
-    def __init__(self, client: MlflowClient, run: StageRun | None = None, uri: str | None = None) -> None:
-        self._client, self._run, self._uri = client, run, uri
+    def __init__(self, run: StageRun | None = None, uri: str | None = None) -> None:
+        self._run, self._uri = run, uri
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        """Made when it is needed: making it makes a database that is not there."""
+        with answering(self._uri):
+            return connect(self._uri)
 
     @classmethod
     def here(cls, run: StageRun | None = None) -> Registry:
@@ -126,8 +132,7 @@ class Registry:
             raise DiffstillError(
                 "versions are kept by MLflow, and MLFLOW_TRACKING_URI is `none`; set it to your server, or unset it for mlflow.db here"
             )
-        with answering():
-            return cls(connect(), run)
+        return cls(run)
 
     @classmethod
     def at(cls, uri: str) -> Registry:
@@ -136,8 +141,7 @@ class Registry:
             raise DiffstillError(
                 f"{uri}: no such database, so it knows no version; set MLFLOW_TRACKING_URI, or --registry, to the MLflow that has them"
             )
-        with answering(uri):
-            return cls(connect(uri), uri=uri)
+        return cls(uri=uri)
 
     # --- finding
 
@@ -173,6 +177,8 @@ class Registry:
         return (json.dumps(dict(one), default=str, sort_keys=True).lower() for one in self._listed(None))
 
     def _listed(self, condition: str | None) -> Iterator[ModelVersion]:
+        if (file := database.file_of(self._uri or registry_uri())) and not file.exists():
+            return
         token, order = None, ["name ASC", "version_number ASC"]  # by default what was changed comes first, so that places move
         while True:
             page = self._client.search_model_versions(condition, PAGE, order, token)
@@ -208,7 +214,7 @@ class Registry:
     @property
     def address(self) -> str:
         """The server, without credentials."""
-        return without_secrets(self._uri or tracking_uri())
+        return without_secrets(self._uri or registry_uri())
 
     # --- fetching
 
@@ -435,9 +441,11 @@ def _over(one: Version, holder: Version, size: int) -> Gain:
 
 
 def _origins() -> dict[str, str]:
-    """What publishes: the commit of the code and the environment, on a cluster also the image and Kubeflow's run."""
+    """What publishes: the commit of the project, what diffstill is, and the environment; on a cluster also the image and Kubeflow's run."""
     image, chain = os.environ.get("DIFFSTILL_IMAGE"), os.environ.get("DIFFSTILL_CHAIN", "")
-    found = {"git_sha": git_sha(), "environment": json.dumps(environment(), sort_keys=True)} | ({"image": image} if image else {})
+    found = {"git_sha": git_sha(), "code": code_commit(), "environment": json.dumps(environment(), sort_keys=True)} | (
+        {"image": image} if image else {}
+    )
     return found | ({"kfp_run_id": chain} if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", chain) else {})
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from diffstill import __version__, storage
 from diffstill.artifacts import ANCESTORS, MANIFEST, Array, Artifact, Kind, cache_folder, open_artifact, read_manifest, refuse_overlap
 from diffstill.config import load_params
-from diffstill.environment import environment
+from diffstill.environment import code_commit, environment, is_commit
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import SECTIONS, Ancestor, Lineage
 from diffstill.pictures import read_png
@@ -92,7 +92,7 @@ def reproduce(
 ) -> Reproduction:
     """Make the set anew in `folder`, step by step, until the digests match or the first artifact differs.
 
-    The code is that of the commit that the version names, checked out from the repository of the current folder or of the package; where it
+    The code is that of the commit or release of diffstill that the version names, the commit checked out from the repository of the current folder or of the package; where it
     cannot be had, the installed one. That commit, and the environment that differences are explained by, are those of the process that published:
     earlier steps may have run elsewhere. `data`, `weights` and `autoencoder` stand for `prepare.location`, `pretrain.location` and
     `pretrain.autoencoder`, as a path or a reference.
@@ -166,13 +166,16 @@ def _place(ref: str, field: str, option: str, location: str | None, given: str |
 
 def _code(found: Found) -> Code:
     """Which code is to run."""
-    sha = found.version.tags.get("git_sha", "none") if found.version else "none"
+    tags = found.version.tags if found.version else {}
+    sha = tags.get("code") or tags.get("git_sha", "none")  # earlier versions name one commit, which was that of the code where code was developed
     installed = f"the installed diffstill {__version__}"
-    if sha == os.environ.get("DIFFSTILL_REVISION"):
-        return Code(f"commit {sha}", "this image was built from it", exact=True)
+    if sha == code_commit() and not sha.endswith("-dirty"):
+        return Code(f"commit {sha}" if is_commit(sha) else f"diffstill {sha}", "the set was published with it, and it is installed here", exact=True)
     if sha in ("none", "unknown"):
         return Code(installed, "the set names no commit", exact=False)
-    if not re.fullmatch(r"[0-9a-f]{40}", sha):
+    if re.fullmatch(r"[0-9]+\.[0-9]+[.0-9a-z+]*", sha):
+        return Code(installed, f"the set was published with diffstill {sha}, install that for the same code", exact=False)
+    if not is_commit(sha) or sha.endswith("-dirty"):
         return Code(installed, f"the set names {sha}: with changes that no commit has", exact=False)
     if repository := _repository(sha):
         return Code(f"commit {sha}", f"from {repository}", exact=True, folder=repository)

@@ -135,7 +135,9 @@ class Listener:
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-        """A bar on a terminal; elsewhere one line when the work is done."""
+        """A bar on a terminal; elsewhere one line when the work is done. With the first one the work begins, so that the run is opened."""
+        if self._run:
+            self._run.open()
         started, quiet = time.monotonic(), not log.isEnabledFor(logging.INFO)
         on_terminal = sys.stderr.isatty() and not quiet
         with tqdm(total=total, desc=description, unit=unit, initial=done, disable=not on_terminal, dynamic_ncols=True) as bar:
