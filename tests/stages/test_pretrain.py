@@ -192,8 +192,8 @@ def test_refusals(tiny_chain: Chain, tmp_path: Path) -> None:
     images, out = tiny_chain.artifacts / "images", tmp_path / "out"
     with pytest.raises(DiffstillError, match="not a diffusers DiTPipeline folder"):
         pretrain(settings_of(tiny_chain, source="folder", location=str(tmp_path)), images=images, generator=out)
+    narrow = tiny_chain.params.pretrain.vae.model_copy(update={"channels": (16,) * 5})
     with pytest.raises(DiffstillError, match="cannot be halved"):
-        narrow = tiny_chain.params.pretrain.vae.model_copy(update={"channels": (16,) * 5})
         pretrain(tiny_chain.params.pretrain.model_copy(update={"vae": narrow}), images=images, generator=out)
     with pytest.raises(DiffstillError, match="refusing to replace"):
         pretrain(tiny_chain.params.pretrain, images=images, generator=_occupied(tmp_path))
