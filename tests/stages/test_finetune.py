@@ -216,6 +216,7 @@ def test_epochs_are_passes_over_the_training_images(tiny_chain: Chain) -> None:
     images = len(run.data.labels)
     assert run.steps == 3 * images // 12
     assert sum(len(run.draw(step).classes) for step in range(run.steps)) <= 3 * images < (run.steps + 1) * 12
+    assert tuning(tiny_chain, epochs=3, batch_size=images // 2 + 1).steps == 5  # batches cross from one epoch into the next
     assert tuning(tiny_chain, epochs=1, batch_size=10_000).steps == 1
 
 
@@ -399,6 +400,14 @@ def test_divergence_is_an_error_and_leaves_nothing(tiny_chain: Chain, tmp_path: 
     with pytest.raises(DiffstillError, match=r"not finite at step \d+: fine-tuning diverged; lower `finetune.learning_rate`"):
         finetune(config, latents=tiny_chain.artifacts / "latents", generator=tiny_chain.artifacts / "generator", denoiser=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_first_step_that_is_not_finite_is_named(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, steps=6)
+    run._refuse_divergence()
+    run.history[2:, 1] = torch.nan
+    with pytest.raises(DiffstillError, match="not finite at step 3:"):
+        run._refuse_divergence()
 
 
 # --- previews -----------------------------------------------------------------------------------------------------
