@@ -87,10 +87,11 @@ def test_redundancies_are_equal_up_to_a_millionth(more: float, leaver: int) -> N
     torch.testing.assert_close(contents(memory, 0), vectors[[one for one in range(3) if one != leaver]])
 
 
-def test_the_oldest_of_many_equals_leaves() -> None:
+@pytest.mark.parametrize("common", [2.0, 5.0, 7.0, 10.0])
+def test_the_oldest_of_many_equals_leaves(common: float) -> None:
     """Whatever the order in which similarities are summed: 65 directions, each at the same angle to all others."""
     memory = ClassMemory(1, 64, 66, "redundancy")
-    vectors = torch.cat([torch.full((65, 1), 3.0), torch.eye(65)], dim=1)
+    vectors = torch.cat([torch.full((65, 1), common), torch.eye(65)], dim=1)
     memory.add(vectors, torch.zeros(65, dtype=torch.long))
     torch.testing.assert_close(contents(memory, 0), torch.nn.functional.normalize(vectors[1:], dim=1))
 
