@@ -724,6 +724,13 @@ def test_a_second_team_has_a_namespace_of_its_own(parts, tmp_path):
     assert complaints(placed(tmp_path)) == []
 
 
+def test_secrets_and_monitoring_follow_the_namespace(tmp_path):
+    second = made_of(tmp_path, ["base", "external-secrets", "../monitoring"], namespace="team-b")
+    assert [f"{name(thing)}{at}" for thing in second for at in traces(thing)] == []
+    assert {"ExternalSecret", "ServiceMonitor"} <= {thing["kind"] for thing in second}
+    assert {thing["metadata"].get("namespace") for thing in second} == {None, "team-b"}
+
+
 def test_what_the_cluster_has_once_is_the_same_for_all():
     """No overlay repeats it, and it names no team."""
     shared = [thing for part in CLUSTER for thing in rendered(part)]
