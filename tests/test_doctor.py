@@ -48,7 +48,7 @@ def test_no_secret_is_printed():
 def test_versions_device_disk_and_endpoints_are_told():
     output = " ".join(examine(DIFFSTILL_WORK="/scratch/[bold]work").output.split())
     for name in (*doctor.NEEDED, "dvc"):  # torchvision and what rests on it may have been built for another torch
-        assert re.search(rf"\b{name} {re.escape(importlib.metadata.version(name))}( ok|, works in diffstill)", output)
+        assert re.search(rf"\b{name} {re.escape(importlib.metadata.version(name))}( ok|, works in diffstill|, built for another)", output)
     for what in ("python", "device", "memory", "GiB free", "current folder writable ok", "MLFLOW_TRACKING_URI none", "/scratch/[bold]work"):
         assert what in output
 
@@ -89,6 +89,14 @@ def test_what_works_in_diffstill_alone_is_told_with_the_fix(monkeypatch):
     assert result.exit_code == 0
     assert "works in diffstill, but not alone (RuntimeError: operator torchvision::nms does not exist); import it after diffstill, or" in told
     assert f"timm {importlib.metadata.version('timm')} ok" in told
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_torchvision_built_for_another_torch_is_told(monkeypatch, fits):
+    monkeypatch.setattr(doctor, "_unimportable", lambda *_names: {})
+    monkeypatch.setattr(doctor, "loads", lambda folder: fits or folder.name != "torchvision")
+    result = examine()
+    assert (result.exit_code, "built for another torch" in " ".join(result.stdout.split())) == (0, not fits)
 
 
 def test_an_optional_package_may_be_missing(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from rich.table import Table
 from diffstill.artifacts import cache_folder, work_root
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.storage import probe
+from diffstill.torchvision_shim import loads
 from diffstill.tracking import check_tracking
 
 NEEDED = ("torch", "torchvision", "diffusers", "timm", "safetensors", "pydantic", "scikit-learn", "mlflow")
@@ -131,8 +133,16 @@ def _packages() -> list[Finding]:
         elif name in plain:
             findings.append(Finding(name, f"{version}, works in diffstill, but not alone ({plain[name]}); {OTHER_BUILD}", "-"))
         else:
-            findings.append(Finding(name, version, "ok"))
+            findings.append(Finding(name, version + (_build() if name == "torchvision" else ""), "ok"))
     return findings
+
+
+def _build() -> str:
+    """What is to be said of a torchvision that loads: its own operators may be missing all the same."""
+    spec = importlib.util.find_spec("torchvision")
+    if not spec or not spec.origin or loads(Path(spec.origin).parent):
+        return ""
+    return ", built for another torch: its own operators (nms) are missing, which diffstill does not use; for them install the build of torch's index"
 
 
 @cache
