@@ -125,7 +125,7 @@ REFUSED = {
     "IPC above a class": (
         setting(evaluate={"images_per_class": [1, 400]}, sample={"images_per_class": 400}),
         REAL_STUDENTS,
-        "training images, `evaluate.images_per_class` asks for 400; lower it",
+        "`evaluate.images_per_class` asks for 400, but no class of digits has more than 131 training images; lower it",
     ),
     "one class of digits": (
         setting(prepare={"classes": ["7"]}),

@@ -705,7 +705,7 @@ def test_an_entry_that_is_used_between_the_look_and_the_removal_stays(bucket, tm
     aged(folder)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         assert [outcome for _, outcome in gc.sweep(survey)] == ["is used by a process by now"]
-        assert "1 in use by a process" in say("--cache")
+        assert "1 entry in use by a process" in say("--cache")
     assert [outcome for _, outcome in gc.sweep(survey)] == [None]
     assert [outcome for _, outcome in gc.sweep(survey)] == ["is gone already"]
 
@@ -788,7 +788,7 @@ def test_drafts_of_killed_stages_go_and_artifacts_never(here):
     before = shape(here / "artifacts")
     with FileLock(work_root() / f"finetune-{'1' * 16}.lock"):
         assert outcomes("--work") == {}
-        assert "3 in use by a process" in say("--work")
+        assert "3 entries in use by a process" in say("--work")
     drafts = [path.relative_to(here) for path in drafts]
     assert outcomes("--work") == dict.fromkeys(map(str, drafts), "would go")
     assert shape(here / "artifacts") == before
