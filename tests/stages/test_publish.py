@@ -24,7 +24,7 @@ from experiments import DISTILLED, RANDOM, STUDENT, Experiment, all_lines, make_
 
 BETTER = 0.2
 """Added to the accuracy of all distilled runs, it makes a gain for both sizes; without it there is one for 1 image per class alone."""
-HOSTILE = ("a|b", "x](evil.example)", "`tick`", "*bold* _too_", "<script>alert(1)", "50% & more", "back\\slash", "ünï cödé", "![no", "&lt;")
+HOSTILE = ("a|b", "x](evil.example)", "`tick`", "*bold* _too_", "<script>alert(1)", "50% & more", "ünï cödé", "![no", "&lt;")
 
 
 @dataclass
