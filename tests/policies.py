@@ -238,10 +238,13 @@ def narrow(objects: Objects) -> Iterator[str]:
 def bound_to_us(objects: Objects) -> Iterator[str]:
     """Each binding gives one role of ours to one account of ours."""
     known = {(thing["kind"], thing["metadata"]["name"]) for thing in objects}
+    homes = {(one["metadata"]["name"], one["metadata"].get("namespace")) for one in by_kind(objects, "ServiceAccount")}
     for binding in (*by_kind(objects, "RoleBinding"), *by_kind(objects, "ClusterRoleBinding")):
         subjects = [(subject["kind"], subject["name"]) for subject in binding.get("subjects", [])]
         if len(subjects) != 1 or subjects[0][0] != "ServiceAccount" or subjects[0] not in known:
             yield f"{name(binding)} gives rights to {subjects}; name one service account of these manifests"
+        elif (home := binding["subjects"][0].get("namespace")) and (subjects[0][1], home) not in homes:
+            yield f"{name(binding)} gives rights to {subjects[0][1]} of namespace {home}; is names/ among the transformers of the overlay?"
         if (binding["roleRef"]["kind"], binding["roleRef"]["name"]) not in known:
             yield f"{name(binding)} gives {binding['roleRef']['name']}, which is not in these manifests"
 

@@ -52,12 +52,12 @@ def secrets(tmp_path_factory):
     return rendered(folder)
 
 
-def made_of(folder, resources, components=(), namespace="diffstill"):
+def made_of(folder, resources, components=(), namespace="diffstill", transformers=("names",)):
     """An overlay of one's own, as the README writes one down."""
     up = Path(os.path.relpath(KUBERNETES, folder))
     parts = {
         "namespace": namespace,
-        "transformers": [str(up / "names")],
+        "transformers": [str(up / one) for one in transformers],
         "resources": [str(up / one) for one in resources],
         "components": [str(up / "components" / one) for one in components],
     }
@@ -409,6 +409,7 @@ SPOILED = [
         for group in ("system:authenticated", "system:unauthenticated")
     ),
     ("bound_to_us", spoil("RoleBinding/diffstill-pipeline", lambda it: it["subjects"][0].update(name="default"))),
+    ("bound_to_us", spoil("ClusterRoleBinding/diffstill-trainjob.diffstill", lambda it: it["subjects"][0].update(namespace="team-b"))),
     ("bound_to_us", spoil("RoleBinding/diffstill-pipeline", lambda it: it["roleRef"].update(kind="ClusterRole", name="cluster-admin"))),
     ("closed", drop("NetworkPolicy/default-deny")),
     ("closed", spoil("NetworkPolicy/default-deny", lambda it: it["spec"].update(policyTypes=["Ingress"]))),
@@ -722,6 +723,12 @@ def test_a_second_team_has_a_namespace_of_its_own(parts, tmp_path):
     assert {"mlflow.team-b:5000", "mlflow.team-b.svc.cluster.local:5000"} <= set(hosts(second))
     assert [error for thing in second for error in refused(thing)] == []
     assert complaints(placed(tmp_path)) == []
+
+
+def test_an_overlay_that_forgets_what_the_namespace_does_not_reach_is_seen(tmp_path):
+    made_of(tmp_path, ["base"], namespace="team-b", transformers=())
+    (said,) = complaints(placed(tmp_path))
+    assert "diffstill-pipeline of namespace diffstill; is names/ among the transformers" in said
 
 
 def test_secrets_and_monitoring_follow_the_namespace(tmp_path):
