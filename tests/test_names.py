@@ -32,7 +32,7 @@ from diffstill.stages.report import report
 from diffstill.stages.sample import sample
 from experiments import Experiment, all_lines, make_experiment
 
-OUTSIDE = ["../../../pwned", "/tmp/pwned", "..", ".", "", "a/b", "a\\b", "a\0b", "x" * 256, 5]
+OUTSIDE = ["../../../pwned", "/tmp/pwned", "..", ".", "", "a/b", "a\0b", "x" * 256, 5]
 PARTS = st.lists(st.sampled_from(["..", ".", "", "a", "~", "/", "\\", "\0", "b.png"]), max_size=5).map("/".join) | st.text(max_size=8)
 
 
@@ -47,7 +47,7 @@ def test_what_is_a_name_stays_in_the_folder(name: str) -> None:
         assert root in (root / name).parents
 
 
-@pytest.mark.parametrize("name", ["cat", "cat & <dog>", '"q$u$ote"', "a,b", "-x", "é", "x" * 255, "..."])
+@pytest.mark.parametrize("name", ["cat", "cat & <dog>", '"q$u$ote"', "a,b", "-x", "a\\b", "é", "x" * 255, "..."])
 def test_odd_names_are_names(name: str) -> None:
     assert is_name(name)
 

@@ -21,8 +21,8 @@ def is_inside(path: str) -> bool:
 
 
 def is_name(name: object) -> bool:
-    """Whether it is the name of one file or folder, on any system, and no path."""
-    if not isinstance(name, str) or not is_inside(name) or "/" in name or "\\" in name:
+    """Whether it is the name of one file or folder, and no path."""
+    if not isinstance(name, str) or not is_inside(name) or "/" in name:
         return False
     return len(name.encode(errors="surrogatepass")) <= LONGEST_NAME
 
@@ -35,8 +35,8 @@ def flaw(name: str) -> str | None:
         return "has control characters"
     if OURS.fullmatch(name):
         return "is that of a file which lies beside the class folders of a set"
-    if WINDOWS.fullmatch(name) or name[-1] in ". ":
-        return "is none that Windows can have: reserved, or with a dot or a space at its end"
+    if WINDOWS.fullmatch(name) or name[-1] in ". " or "\\" in name:
+        return "is none that Windows can have: reserved, with a backslash, or with a dot or a space at its end"
     return None
 
 
