@@ -203,8 +203,8 @@ def test_pictures_have_steps(runs, tmp_path):
             assert np.array_equal(found, pictures[int(path.split("+")[2])])
 
 
-def test_fine_tuning_shows_what_it_draws(runs, tiny_chain: Chain, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffstill.stages.finetune.PREVIEW_SHARE", 1e9)  # however slow this machine is
+@pytest.mark.usefixtures("unhurried")
+def test_fine_tuning_shows_what_it_draws(runs, tiny_chain: Chain, tmp_path):
     paths = {name: tiny_chain.artifacts / name for name in ("latents", "generator")}
     run_stage("finetune", tiny_chain.params.finetune, {**paths, "denoiser": tmp_path / "denoiser"}, params=tiny_chain.params)
     (run,) = runs(**{"diffstill.stage": "finetune"})
