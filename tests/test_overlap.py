@@ -18,6 +18,8 @@ from diffstill.errors import DiffstillError
 from diffstill.run import STAGES, run_stage
 from experiments import Experiment, all_lines, make_experiment
 from pipelines import __main__ as pipelines
+from pipelines.local import processes, run_local
+from pipelines.settings import ShardsConfig, load_settings
 
 RUINED = r"the output (is|lies inside|holds) the input `.*`.*; choose another place for the output"
 
@@ -130,3 +132,10 @@ def test_compile_overwrites_no_settings(tmp_path: Path) -> None:
     done = CliRunner().invoke(pipelines.main, ["compile", "--settings", str(settings), "--allow-tag", "--output", str(settings)])
     assert done.exit_code == 2, done.output
     assert contents(tmp_path) == before
+
+
+def test_nor_does_a_run_here_lie_in_its_data(tmp_path: Path) -> None:
+    params = Params.model_validate({"prepare": {"source": "folder", "location": str(tmp_path)}, "publish": {"name": "pets"}})
+    with pytest.raises(DiffstillError, match=r"lies inside the input `prepare\.location`"):
+        run_local(params, load_settings(pipelines.SETTINGS), tmp_path / "out", executor=processes(), shards=ShardsConfig())
+    assert not contents(tmp_path)
