@@ -530,6 +530,21 @@ def test_a_preview_is_what_the_weights_draw(tiny_chain: Chain, tmp_path: Path) -
         assert np.abs(shown.astype(int) - expected).max() <= 1  # another batch size may change rounding
 
 
+def test_a_preview_shows_the_averaged_weights(tiny_chain: Chain) -> None:
+    run = tuning(tiny_chain, steps=3, learning_rate=0.05, ema_decay=0.9)
+    for _ in range(3):
+        run.step()
+    shown, averages = np.asarray(run._sheet()), [average.clone() for average in run.training.average]
+    with torch.no_grad():
+        for average, weight in zip(run.training.average, run.training.weights, strict=True):
+            average.copy_(weight)
+        assert not np.array_equal(np.asarray(run._sheet()), shown)
+        for average, weight, old in zip(run.training.average, run.training.weights, averages, strict=True):
+            average.copy_(old)
+            weight.copy_(old)
+    assert np.array_equal(np.asarray(run._sheet()), shown)
+
+
 def test_a_preview_touches_neither_weights_nor_random_streams(tiny_chain: Chain) -> None:
     run = tuning(tiny_chain, steps=4)
     for _ in range(3):
