@@ -250,6 +250,7 @@ def test_folded_scales_compute_the_same_in_the_stock_class(generator: Generator,
     expected = opened.predict(*batch())
     fold_scales(opened.transformer)
     assert not any(name.endswith("difffit_scale") for name, _ in opened.transformer.named_parameters())
+    torch.testing.assert_close(opened.predict(*batch()), expected)
     save_generator(opened, tmp_path / "b", ["a", "b", "c"])
     stock = DiTTransformer2DModel.from_pretrained(tmp_path / "b" / "transformer", low_cpu_mem_usage=False).eval()
     x, t, labels = batch()
