@@ -14,6 +14,7 @@ from test_finetune import KillAfter, _Killed
 from chains import Chain, contents, flip
 from diffstill.artifacts import load_split, new_artifact, open_artifact, write_shards
 from diffstill.config import Params, PretrainConfig
+from diffstill.diffusion import add_noise
 from diffstill.errors import DiffstillError
 from diffstill.networks import LABEL_TABLE, load_generator, open_generator
 from diffstill.pretrained import read_checkpoint, weights_digest
@@ -72,6 +73,18 @@ def test_training_lowers_both_losses(tiny_chain: Chain, tmp_path: Path, monkeypa
     for name in ("vae_loss", "dit_loss"):
         assert sum(record.seen[name][-3:]) < 0.8 * sum(record.seen[name][:3]), name
     assert 0 < metrics["reconstruction_mse"] < open_artifact(tiny_chain.artifacts / "generator", "generator").facts["reconstruction_mse"]
+
+
+def test_the_transformer_learns_latents_of_unit_deviation(tiny_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def spied(x0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
+        seen.append(x0)
+        return add_noise(x0, eps, abar_t)
+
+    monkeypatch.setattr("diffstill.stages.pretrain.add_noise", spied)
+    pretrain(tiny_chain.params.pretrain, images=tiny_chain.artifacts / "images", generator=tmp_path / "out")
+    assert torch.cat(seen).std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_pipeline_folder_is_taken_over_unchanged(tiny_chain: Chain, tmp_path: Path) -> None:
