@@ -161,8 +161,8 @@ REFUSED = {
     ),
     "wrong kind of output": (
         nothing,
-        ("sample", *GENERATOR, "--distilled", "artifacts/generator"),
-        "artifacts/generator: holds a `generator` artifact; refusing to replace it",
+        ("sample", *GENERATOR, "--distilled", "artifacts/latents"),
+        "artifacts/latents: holds a `latents` artifact; refusing to replace it",
     ),
     "output that is no artifact": (nothing, ("prepare", "--images", "artifacts"), "artifacts: exists and is not an artifact; refusing to replace it"),
     "flipped bit": (

@@ -771,7 +771,7 @@ def test_work_of_the_present_settings_stays_however_old(tiny_chain: Chain, here)
     kept, other = filled(work_root() / current), work("finetune", 1)
     aged(kept, other)
     assert outcomes("--work") == {str(other): "would go"}
-    assert "1 where a step of this chain would go on" in say("--work")
+    assert "1 entry where a step of this chain would go on" in say("--work")
     changed = tiny_chain.params.model_copy(update={"finetune": tiny_chain.params.finetune.model_copy(update={"learning_rate": 0.5})})
     Path("params.yaml").write_text(render_params(changed))
     assert outcomes("--work", "--delete") == dict.fromkeys(map(str, (kept, other)), "removed")

@@ -66,7 +66,7 @@ def settings(root: Path, source: str, **pretrain: object) -> Params:
                     "evaluations": 1,
                     "workers": 1,
                 },
-                "publish": {"gate": "off"},
+                "publish": {"gate": "off", "name": "distilled-small"},
             }
         )
     )
@@ -78,7 +78,9 @@ def distil(folder: Path, source: str, classes: list[str], **pretrain: object) ->
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
     AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, sample_size=SIDE, scaling_factor=0.5).save_pretrained(folder / "vae")
-    torch.save(random_checkpoint(depth=2, width=64, side=SIDE // 2), folder / "DiT.pt")
+    weights = random_checkpoint(depth=2, width=64, side=SIDE // 2)
+    weights["final_layer.linear.weight"] *= 0.2  # or latents grow beyond what a trained network draws, and are refused
+    torch.save(weights, folder / "DiT.pt")
     params = settings(folder, source, **pretrain)
     with pytest.MonkeyPatch.context() as world:
         enter(world, folder)

@@ -83,7 +83,7 @@ def _read_all(dataset: Dataset, config: PrepareConfig, work: WorkFolder, record:
             work.save(read.piece.name, {"pixels": read.pixels, "labels": read.labels})
             rejected |= read.rejected
             if read.rejected and len(rejected) > config.max_bad_fraction * total and not warned:
-                log.warning("%d image files cannot be used, too many already; reading on to list them all", len(rejected))
+                log.info("too many files cannot be used already (%d); reading on to list them all", len(rejected))
                 warned = True
     return rejected
 
