@@ -453,7 +453,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # Sets of 8 px images differ by 7 points at one per class: three of them say next to nothing.
-    "digits": {"sample": {"seeds": list(range(10))}},
+    "digits": {"sample": {"seeds": list(range(10)), "guidance": 2.0}},
     "fashion-mnist": {
         "prepare": {"source": "fashion-mnist", "side": 28, "flip": True, "shard_size": 16384},
         "pretrain": {

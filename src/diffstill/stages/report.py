@@ -270,6 +270,7 @@ def _compared(outcomes: Sequence[str], other: str) -> str:
 
 def _caption(inputs: Inputs, runs: Sequence[Run]) -> str:
     again = repeated(len(inputs.denoiser.facts["seeds"]), len(inputs.distilled.facts["seeds"]))
+    again = again.replace("`", "")  # a page has no Markdown
     return (
         f"Top-1 accuracy in % on {plain(_images_in(inputs, 'test'))} real test images at the last epoch: mean ± sample standard deviation over all runs "
         f"(number of runs below). Bold: the best small set of each column. In colour: points above random real, with the 95 % interval. "
