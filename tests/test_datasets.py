@@ -494,7 +494,7 @@ def test_the_content_of_a_file_of_another_name_decides(tmp_path):
     }
 
 
-CAFE = ("caf\u00e9", "cafe\u0301")
+CAFE = ("th\u00e9", "the\u0301")
 """One word composed (NFC) and decomposed (NFD)."""
 
 
