@@ -47,7 +47,7 @@ class Placement:
         if resources.timeout_minutes:  # the launcher of a TrainJob waits in the queue with it, whose own time begins when it is admitted
             queueing = WAITING if name == "finetune" and self.infra.trainjob and self.infra.queue else 0
             kubernetes.set_timeout(task, 60 * resources.timeout_minutes + queueing)
-        if resources.retries and name != "preflight":
+        if retries(name, resources):
             _retry(task, resources)
         return task
 
@@ -79,6 +79,11 @@ class Placement:
                 kubernetes.mount_pvc(task, claim, path)
         for variable, value in variables(self.infra).items():
             task.set_env_variable(variable, value)
+
+
+def retries(name: str, resources: Resources) -> int:
+    """How often the task `name` asks to be tried again; the preflight never does, whose answer would be the same."""
+    return 0 if name == "preflight" else resources.retries
 
 
 def _amounts(task: PipelineTask, resources: Resources) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pipelines.placement import retries
 from pipelines.settings import InfraConfig, Resources
 
 COMPONENTS = Path(__file__).parents[1] / "components"
@@ -32,7 +33,8 @@ TEMPLATE = """\
 
 ## Resources
 
-As `pipelines/settings.yaml` has them: {{ resources }}.
+As `pipelines/settings.yaml` has them: {{ resources }}.{% if retries %} A failed attempt is tried again, up to {{ retries }} times, on a cluster with
+`infra/kubernetes/components/kubeflow-retries`.{% endif %}
 
 ## Run it alone
 
@@ -59,6 +61,7 @@ def _readme(name: str, infra: InfraConfig) -> str:
         inputs=[_item(item, spec.inputs[item], texts) for item in sorted(spec.inputs or {}, key=list(texts).index)],
         outputs=[_item(item, spec.outputs[item], texts) for item in sorted(spec.outputs or {}, key=list(texts).index)],
         resources=_resources(resources),
+        retries=retries(name, resources),
         command=_command(name, resources),
     )
 
@@ -76,7 +79,7 @@ def _item(name: str, spec: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 
 def _resources(resources: Resources) -> str:
     given = {"GPUs": resources.gpus, "CPUs": resources.cpu, "memory": resources.memory, "shared memory": resources.shared_memory}
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value) + f"; up to {resources.retries} retries"
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value)
 
 
 def _command(name: str, resources: Resources) -> str:

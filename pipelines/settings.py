@@ -76,7 +76,7 @@ class Resources(Section):
     node_selector: Mapping[str, Label] = Field({}, description="labels that the node must have")
     tolerations: tuple[Toleration, ...] = Field((), description="taints that the node may have")
     timeout_minutes: Annotated[int, Field(ge=1)] | None = Field(None, description="the task fails after this time; null = never")
-    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="times that a failed task is tried again")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="times that a failed task is tried again; on a cluster with kubeflow-retries")
     retry_seconds: Annotated[int, Field(ge=0)] = Field(30, description="pause before the first retry, doubled before each further one")
     retry_max_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         600, description="longest pause before a retry; where doubling would pass it, all pauses are alike"

@@ -80,7 +80,7 @@ RUNS = Dashboard(
         number(
             "Failed attempts",
             f"count(max_over_time({in_phase('Failed')}[$__range])) or vector(0)",
-            about="In the time range; each is tried again while retries are left.",
+            about="In the time range; tried again while retries are left, with infra/kubernetes/components/kubeflow-retries.",
         ),
         number("Longest running", f"max(diffstill:stage_seconds:running{{{STAGES}}})", "s"),
         number("Alerts", 'count(ALERTS{product="diffstill", alertstate="firing"}) or vector(0)'),

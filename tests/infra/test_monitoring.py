@@ -147,6 +147,15 @@ def test_the_handbook_has_no_other_alerts(alerts):
     assert set(re.findall(r"^#+ (Diffstill\w+)$", HANDBOOK, re.MULTILINE)) == set(alerts)
 
 
+def test_retries_are_promised_with_the_policy_alone_that_makes_them(alerts):
+    """Kubeflow Pipelines as it comes tries no failed task again."""
+    texts = [*HANDBOOK.split("\n"), *(text for alert in alerts.values() for text in alert["annotations"].values())]
+    texts += [panel.get("description", "") for path in (MONITORING / "dashboards").glob("*.json") for panel in json.loads(path.read_text())["panels"]]
+    promises = [text for text in texts if re.search(r"tri(ed|es) again", text)]
+    assert len(promises) >= 4
+    assert [text for text in promises if "components/kubeflow-retries" not in text] == []
+
+
 def test_the_handbook_allows_the_labels_that_the_rules_need(records):
     shown = set(re.findall(r"\blabel_(?!replace)\w+", " ".join(rule["expr"] for rule in records.values())))
     assert shown == {"label_" + re.sub(r"\W", "_", name) for name in POD_LABELS}

@@ -21,6 +21,18 @@ def test_the_committed_readme_is_up_to_date(path):
     assert path.read_text() == TEXTS[path], "renew it: python -m pipelines readme"
 
 
+def test_retries_are_those_that_the_pipeline_asks_for():
+    spec = yaml.safe_load((Path(__file__).with_name("golden") / "distill.yaml").read_text().split("---")[0])
+    dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    asked = {}
+    for task in (task for dag in dags for task in dag["tasks"].values()):
+        name = re.sub(r"^comp-|-\d+$", "", task["componentRef"]["name"])
+        asked.setdefault(name, set()).add(task.get("retryPolicy", {}).get("maxRetryCount", 0))
+    said = {path.parent.name: {int(found) for found in re.findall(r"up to (\d+) times", text)} or {0} for path, text in TEXTS.items()}
+    assert said == {name: asked[name] for name in said}
+    assert all(("components/kubeflow-retries" in text) == ("tried again" in text) for text in TEXTS.values())
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=[path.parent.name for path in TEXTS])
 def test_its_metadata_are_as_the_catalogue_of_components_asks(path):
     """Source of the convention: kubeflow/pipelines-components, scripts/validate_metadata/metadata_schema.json."""
