@@ -38,6 +38,8 @@ class Scene:
     logs: Mapping[int, str] = field(default_factory=dict)
     state: str = ""
     message: str = ""
+    codes: Mapping[int, int] = field(default_factory=dict)
+    """With which the containers of nodes have ended."""
     attempt: int = 0
     """Another one has other pods."""
 
@@ -146,7 +148,10 @@ class KubernetesServer:
         if name not in self.jobs:
             return {"kind": "PodList", "items": []}
         scene = self.scene()
-        return {"kind": "PodList", "items": [_pod(name, number, phase, scene.attempt) for number, phase in enumerate(scene.phases)]}
+        return {
+            "kind": "PodList",
+            "items": [_pod(name, number, phase, scene.attempt, scene.codes.get(number)) for number, phase in enumerate(scene.phases)],
+        }
 
     def log(self, pod, query):
         if query.get("container") != "node":
@@ -183,7 +188,7 @@ class KubernetesServer:
         if state == "Failed":
             self._end_nodes(forget=False)
         logs = {number: (self.folder / f"node-{number}.log").read_text() for number in range(len(self.nodes))}
-        return Scene(phases, logs, "" if state == "Running" else state, "jobset failed")
+        return Scene(phases, logs, "" if state == "Running" else state, "jobset failed", dict(enumerate(codes)))
 
     def _start_nodes(self, trainer):
         port = str(free_port())
@@ -264,12 +269,14 @@ def _torch_errors(trainer):
         yield f"spec.trainer.env: Duplicate value: {names}"
 
 
-def _pod(job, number, phase, attempt):
+def _pod(job, number, phase, attempt, code):
     labels = {"jobset.sigs.k8s.io/jobset-name": job, "jobset.sigs.k8s.io/replicatedjob-name": "node"}
     labels |= {"batch.kubernetes.io/job-completion-index": str(number)}
     spec = {"containers": [{"name": "node", "image": "x", "resources": {"limits": {"cpu": "4", "memory": "8Gi"}}}]}
     metadata = {"name": f"{job}-node-0-{number}-abc{attempt}", "namespace": NAMESPACE, "labels": labels, "creationTimestamp": CREATED}
-    return {"metadata": metadata, "spec": spec, "status": {"phase": phase}}
+    state = {"running": {}} if code is None else {"terminated": {"exitCode": code}}
+    status = {"name": "node", "image": "x", "imageID": "x", "ready": code is None, "restartCount": 0, "state": state}
+    return {"metadata": metadata, "spec": spec, "status": {"phase": phase, "containerStatuses": [status]}}
 
 
 JOBS = f"{TRAINER}/namespaces/{NAMESPACE}/trainjobs"

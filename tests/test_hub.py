@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from chains import Chain, contents, flip
+from diffstill import references
 from diffstill.artifacts import open_artifact
 from diffstill.config import preset, render_params
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, TransientError
 from diffstill.references import HubReference, parse
 from hub import hub
 
@@ -78,3 +81,16 @@ def test_what_cannot_be_had_is_one_message(tiny_chain: Chain, tmp_path: Path, lo
     assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
     assert "hf_wrong" not in done.stderr
     assert not (tmp_path / "generator").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(None, TransientError), (503, TransientError), (429, TransientError), (401, DiffstillError), (404, DiffstillError)]
+)
+def test_a_hub_that_is_away_may_be_asked_again(status: int | None, kind: type[DiffstillError]) -> None:
+    """Its client says of both that a file is not here."""
+    cause = references.HUB_FAILURE("no route to host")
+    if status:
+        cause.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    with pytest.raises(DiffstillError) as caught, references._hub_errors(HubReference("someone/DiT-tiny", "main")):
+        raise LocalEntryNotFoundError("not in the cache") from cause
+    assert type(caught.value) is kind

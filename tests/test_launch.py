@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from diffstill import launch
 from diffstill.artifacts import open_artifact
 from diffstill.config import preset
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, TransientError
 from diffstill.launch import Work
 from servers import free_port
 from test_task import Handed, _logging_as_before, handed  # noqa: F401  (a fixture)
@@ -96,7 +96,7 @@ def children() -> list[psutil.Process]:
     ("behaviour", "kind", "message"),
     [
         (f"from diffstill.errors import DiffstillError\n{RANK_1}raise DiffstillError('`x` is 3: no'){WAIT}", DiffstillError, "^`x` is 3: no$"),
-        (f"{RANK_1}os.kill(os.getpid(), signal.SIGKILL){WAIT}", DiffstillError, "^rank 1 was killed by SIGKILL; if it ran out of memory"),
+        (f"{RANK_1}os.kill(os.getpid(), signal.SIGKILL){WAIT}", TransientError, "^rank 1 was killed by SIGKILL; if it ran out of memory"),
         (f"{RANK_1}raise KeyError('lost'){WAIT}", RuntimeError, r"(?s)^rank 1 ended with exit code 1:.*behave.*KeyError: 'lost'"),
         (f"{RANK_1}sys.exit(7){WAIT}", RuntimeError, "rank 1 ended with exit code 7"),
     ],
@@ -123,19 +123,21 @@ def failure(folder: Path, rank: int, exit_code: int, after: int, error: str = ""
 
 
 LOST, REFUSED, BUG = "RuntimeError: connection closed by peer", "DiffstillError: diverged: lower it", "KeyError: 'x'"
+AWAY = "TransientError: the store is away"
 
 
 @pytest.mark.parametrize(
     ("ends", "kind", "message"),
     [
         ([(1, 9, LOST), (2, 10, REFUSED)], DiffstillError, "^diverged: lower it$"),
-        ([(1, 9, LOST), (-9, 10)], DiffstillError, "^rank 1 was killed by SIGKILL"),
+        ([(1, 9, LOST), (75, 10, AWAY)], TransientError, "^the store is away$"),
+        ([(1, 9, LOST), (-9, 10)], TransientError, "^rank 1 was killed by SIGKILL"),
         ([(1, 10, BUG), (-9, 10 + launch.GRACE)], RuntimeError, "^rank 0 ended with exit code 1:\nTraceback of KeyError: 'x'$"),
         ([(-15, 10), (7, 10)], RuntimeError, "^rank 1 ended with exit code 7"),
         ([(1, 11, LOST), (1, 10, BUG)], RuntimeError, "^rank 1 ended with exit code 1"),
         ([(2, 9), (1, 10, BUG)], RuntimeError, "^rank 0 ended with exit code 2"),
     ],
-    ids=["a refusal", "a kill", "a kill by the launcher", "an end by the launcher", "the first bug", "no refusal of ours"],
+    ids=["a refusal", "a service that is away", "a kill", "a kill by the launcher", "an end by the launcher", "the first bug", "no refusal of ours"],
 )
 def test_the_cause_is_told_and_not_what_it_brings_about(tmp_path, ends, kind, message):
     """A lost peer makes the others fail, perhaps in the same second or noticed before, and the launcher ends who is left."""

@@ -24,7 +24,7 @@ import pytest
 
 from chains import contents
 from diffstill import storage
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, TransientError
 from diffstill.storage import Encryption, Object, download, listing, probe, read, upload
 from servers import KEY, SECRET, free_port, s3, s3_environment
 
@@ -65,10 +65,11 @@ def put(bucket: str, files: dict[str, bytes]) -> None:
         store().put_object(Bucket=bucket, Key=key, Body=content)
 
 
-def refusal(call, *arguments) -> str:
-    """The one message that a call is refused with."""
+def refusal(call, *arguments, kind: type[DiffstillError] = DiffstillError) -> str:
+    """The one message that a call is refused with; `TransientError` where the same may succeed later."""
     with pytest.raises(DiffstillError) as refused:
         call(*arguments)
+    assert type(refused.value) is kind
     told = str(refused.value)
     assert "\n" not in told
     assert SECRET not in told
@@ -166,14 +167,14 @@ def test_a_store_that_dies_on_the_way_leaves_nothing(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         store().create_bucket(Bucket="dying")
         put("dying", FILES)
-        told = refusal(download, "s3://dying", tmp_path / "out" / "got", After(lambda: (process.kill(), process.wait())))
+        told = refusal(download, "s3://dying", tmp_path / "out" / "got", After(lambda: (process.kill(), process.wait())), kind=TransientError)
     assert told.startswith("s3://dying: bucket 'dying' at http://127.0.0.1:")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".got.lock"]
 
 
 def test_an_object_that_changes_on_the_way_leaves_nothing(bucket, tmp_path):
     put(bucket, FILES)
-    told = refusal(download, f"s3://{bucket}", tmp_path / "got", After(lambda: put(bucket, {"train/a/1.txt": b"eno"})))
+    told = refusal(download, f"s3://{bucket}", tmp_path / "got", After(lambda: put(bucket, {"train/a/1.txt": b"eno"})), kind=TransientError)
     assert "changed while it was downloaded; try again" in told
     assert not (tmp_path / "got").exists()
 
@@ -328,7 +329,7 @@ def test_an_object_that_goes_on_the_way_keeps_the_set_unfinished(there_before, b
     def remove():
         store().delete_object(Bucket=bucket, Key="empty")
 
-    assert "lost 'empty' after it was sent" in refusal(upload, made(tmp_path / "set"), f"s3://{bucket}", After(remove))
+    assert "lost 'empty' after it was sent" in refusal(upload, made(tmp_path / "set"), f"s3://{bucket}", After(remove), kind=TransientError)
     assert "manifest.json" not in keys(bucket)
 
 
@@ -623,7 +624,7 @@ def test_a_store_that_dies_on_the_way_is_told_and_the_folder_stays(tmp_path, mon
         for name, value in s3_environment(url).items():
             monkeypatch.setenv(name, value)
         store().create_bucket(Bucket="dying")
-        told = refusal(upload, folder, "s3://dying", After(lambda: (process.kill(), process.wait())))
+        told = refusal(upload, folder, "s3://dying", After(lambda: (process.kill(), process.wait())), kind=TransientError)
     assert told.startswith(f"s3://dying: bucket 'dying' at {url} refuses (")
     assert contents(folder) == before
 
@@ -676,7 +677,7 @@ def test_no_credentials_at_all(monkeypatch):
 def test_an_endpoint_that_is_not_there_is_told_quickly(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{free_port()}")
     started = time.monotonic()
-    told = refusal(probe, "s3://bucket/x")
+    told = refusal(probe, "s3://bucket/x", kind=TransientError)
     assert time.monotonic() - started < 15
     assert "http://***@127.0.0.1:" in told
     assert "refuses (EndpointConnectionError); check AWS_ENDPOINT_URL, the network and the service" in told
@@ -688,7 +689,7 @@ def test_an_endpoint_that_hangs_up(monkeypatch):
         deaf.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{deaf.getsockname()[1]}")
         monkeypatch.setattr(storage, "TIMEOUTS", (0.5, 0.5))
-        assert "refuses (ReadTimeoutError)" in refusal(listing, "s3://bucket/x")
+        assert "refuses (ReadTimeoutError)" in refusal(listing, "s3://bucket/x", kind=TransientError)
 
 
 @pytest.mark.usefixtures("bucket")

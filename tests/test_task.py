@@ -13,7 +13,7 @@ from chains import contents
 from diffstill import launch, task
 from diffstill.artifacts import open_artifact
 from diffstill.config import preset
-from diffstill.errors import DiffstillError, GateError
+from diffstill.errors import DiffstillError, GateError, TransientError
 from diffstill.task import run_preflight, run_task
 
 
@@ -192,12 +192,18 @@ def test_a_pod_leaves_its_refusal_for_kubernetes(tmp_path, monkeypatch, error, c
     assert last_words.read_text() == f"diffstill refuses (exit code {code}): {error}"
 
 
-def test_a_bug_in_a_pod_is_no_refusal(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "ends", "code"),
+    [(RuntimeError("out of memory"), RuntimeError, None), (TransientError("the store is away"), SystemExit, 75)],
+    ids=["a bug", "a service that is away"],
+)
+def test_what_may_go_well_again_is_no_refusal(tmp_path, monkeypatch, error, ends, code):
     last_words = tmp_path / "termination-log"
     last_words.touch()
     monkeypatch.setattr(launch, "TERMINATION_LOG", last_words)
-    with pytest.raises(RuntimeError), launch.one_message():
-        raise RuntimeError("out of memory")
+    with pytest.raises(ends) as end, launch.one_message():
+        raise error
+    assert getattr(end.value, "code", None) == code
     assert last_words.read_text() == ""
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from chains import Chain
 from diffstill.artifacts import Artifact, Manifest, read_manifest
 from diffstill.config import Params, load_params, preset
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, TransientError, without_secrets
 from diffstill.run import run_stage
 from diffstill.tracking import DESCRIPTION, _called, _dataset, open_chain, stage_run, tracking_uri
 from servers import mlflow_server
@@ -431,25 +431,31 @@ def not_a_database(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "told", "kind"),
     [
         (
             lambda _: "http://user:s3cr3t@127.0.0.1:9/x?token=s3cr3t",
             "MLflow at http://***@127.0.0.1:9/x?*** refuses (API request to http://***@127.0.0.1:9/",
+            TransientError,
         ),
-        (lambda _: "carrier-pigeon://coop", "MLflow at carrier-pigeon://coop refuses ("),
-        (not_a_database, "file is not a database"),
-        (lambda _: "postgresql+nodriver://user:s3cr3t@127.0.0.1/runs", "MLflow at postgresql+nodriver://***@127.0.0.1/runs refuses ("),
+        (lambda _: "carrier-pigeon://coop", "MLflow at carrier-pigeon://coop refuses (", DiffstillError),
+        (not_a_database, "file is not a database", DiffstillError),
+        (
+            lambda _: "postgresql+nodriver://user:s3cr3t@127.0.0.1/runs",
+            "MLflow at postgresql+nodriver://***@127.0.0.1/runs refuses (",
+            DiffstillError,
+        ),
     ],
     ids=["no server", "unknown scheme", "no database", "no driver"],
 )
-def test_a_tracker_that_does_not_answer_is_one_clear_message(uri, told, tmp_path, monkeypatch):
+def test_a_tracker_that_does_not_answer_is_one_clear_message(uri, told, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri(tmp_path))
     started = time.monotonic()
     with pytest.raises(DiffstillError) as refusal, stage("sample"):
         pytest.fail("the stage must not start")
     assert time.monotonic() - started < 30
+    assert type(refusal.value) is kind
     assert told in str(refusal.value)
     assert str(refusal.value).endswith("with MLFLOW_TRACKING_URI=none a chain runs without tracking")
     assert "s3cr3t" not in str(refusal.value)

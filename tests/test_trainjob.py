@@ -18,7 +18,7 @@ import yaml
 from chains import Chain
 from diffstill import storage, trainjob
 from diffstill.artifacts import open_artifact
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, TransientError
 from diffstill.launch import Work
 from diffstill.trainjob import RIGHTS, Order, train
 from kubernetes_server import RUNTIME, TOKEN, Fault, KubernetesServer, Scene
@@ -134,8 +134,9 @@ def test_what_nodes_refuse_is_the_one_message(cluster, tiny_chain, work, tmp_pat
     cluster.secrets = dict.fromkeys(("diffstill-s3/access-key", "diffstill-s3/secret-key", "diffstill-services/s3-endpoint"), "x")
     cluster.secrets |= {"diffstill-services/mlflow-uri": "none"}
     shutil.copytree(tiny_chain.artifacts / "denoiser", tmp_path / "shared" / name_of(work) / "latents")
-    with pytest.raises(DiffstillError, match=rf"^TrainJob {name_of(work)} failed: .*latents: holds a `denoiser` artifact where"):
+    with pytest.raises(DiffstillError, match=rf"^TrainJob {name_of(work)} failed: .*latents: holds a `denoiser` artifact where") as caught:
         run(work, ordered(tmp_path / "shared"))
+    assert not isinstance(caught.value, TransientError)
     assert cluster.jobs == {}
     assert not (tmp_path / "denoiser").exists()
 
@@ -242,21 +243,32 @@ def test_what_the_main_node_says_is_printed_once(cluster, work, shared, capfd):
 
 
 @pytest.mark.parametrize(
-    ("scene", "message"),
+    ("scene", "kind", "message"),
     [
-        (Scene(("Failed", "Running"), {0: "x\nerror: `finetune.batch_size` is 3\nlast\n"}, "Failed"), "failed: `finetune.batch_size` is 3$"),
         (
-            Scene(("Running", "Failed"), {0: "connection lost", 1: "error: rank 1 was killed by SIGKILL\n"}, "Failed"),
+            Scene(("Failed", "Running"), {0: "x\nerror: `finetune.batch_size` is 3\nlast\n"}, "Failed", codes={0: 2}),
+            DiffstillError,
+            "failed: `finetune.batch_size` is 3$",
+        ),
+        (
+            Scene(("Running", "Failed"), {0: "connection lost", 1: "error: rank 1 was killed by SIGKILL\n"}, "Failed", codes={1: 75}),
+            TransientError,
             "failed: rank 1 was killed by SIGKILL$",
         ),
-        (Scene(("Failed", "Failed"), {0: "Traceback\nKeyError: 'x'\n\n"}, "Failed"), "failed: node-0 ends with: KeyError: 'x'$"),
-        (Scene((), {}, "Failed", "exceeded its deadline"), "failed: JobsFailed, exceeded its deadline$"),
+        (
+            Scene(("Failed", "Failed"), {0: "Traceback\nKeyError: 'x'\n\n"}, "Failed", codes={0: 1, 1: 137}),
+            TransientError,
+            "failed: node-0 ends with: KeyError: 'x'$",
+        ),
+        (Scene((), {}, "Failed", "node-0 was evicted"), TransientError, "failed: JobsFailed, node-0 was evicted$"),
     ],
 )
-def test_a_trainjob_that_fails_says_why_and_is_deleted(cluster, work, shared, scene, message):
+def test_a_trainjob_that_fails_says_why_and_is_deleted(cluster, work, shared, scene, kind, message):
+    """Final is what a node refuses; the rest may end otherwise on other nodes."""
     cluster.script = [Scene(), scene]
-    with pytest.raises(DiffstillError, match=message):
+    with pytest.raises(DiffstillError, match=message) as caught:
         run(work, ordered(shared))
+    assert type(caught.value) is kind
     assert cluster.jobs == {}
 
 
@@ -328,7 +340,7 @@ def test_a_trainjob_whose_creation_was_not_confirmed_is_not_made_twice(cluster, 
 
 def test_an_api_that_stays_away_is_one_message_and_the_trainjob_is_deleted_if_it_can_be(cluster, work, shared, caplog):
     cluster.fault = Fault(503, 1000, "GET", message="etcd is away")
-    with pytest.raises(DiffstillError, match=r"^Kubernetes does not answer .etcd is away.; see to its API server"):
+    with pytest.raises(TransientError, match=r"^Kubernetes does not answer .etcd is away.; see to its API server"):
         run(work, ordered(shared))
     assert cluster.jobs == {}
     cluster.fault = Fault(503, 1000, message="etcd is away")

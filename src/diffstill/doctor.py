@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffstill.artifacts import cache_folder, work_root
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, TransientError, without_secrets
 from diffstill.storage import probe
 from diffstill.torchvision_shim import loads
 from diffstill.tracking import check_tracking
@@ -60,6 +60,8 @@ class Finding:
     what: str
     found: str
     verdict: Literal["ok", "missing", "-"]
+    passes: bool = False
+    """Whether what is missing may be there later by itself."""
 
 
 class Needs(BaseModel):
@@ -85,13 +87,14 @@ def examine() -> bool:
 
 
 def preflight(needs: Needs) -> None:
-    """Check everything that a run needs, a line each. Raises one `DiffstillError` that lists all that is missing."""
+    """Check everything that a run needs, a line each. Raises one `DiffstillError` that lists all that is missing, `TransientError` if all of it may come back."""
     findings = list(_checked(needs))
     _print(findings)
-    missing = [f"{finding.what}: {finding.found}" for finding in findings if finding.verdict == "missing"]
+    missing = [finding for finding in findings if finding.verdict == "missing"]
     if missing:
-        listed = missing[0] if len(missing) == 1 else "; ".join(f"({number}) {one}" for number, one in enumerate(missing, 1))
-        raise DiffstillError(f"this machine lacks what the run needs: {listed}")
+        lines = [f"{finding.what}: {finding.found}" for finding in missing]
+        listed = lines[0] if len(lines) == 1 else "; ".join(f"({number}) {one}" for number, one in enumerate(lines, 1))
+        raise (TransientError if all(finding.passes for finding in missing) else DiffstillError)(f"this machine lacks what the run needs: {listed}")
 
 
 def _checked(needs: Needs) -> Iterator[Finding]:
@@ -238,4 +241,4 @@ def _answer(what: str, ask: Callable[[], str]) -> Finding:
     try:
         return Finding(what, ask(), "ok")
     except DiffstillError as error:
-        return Finding(what, str(error), "missing")
+        return Finding(what, str(error), "missing", passes=isinstance(error, TransientError))

@@ -9,6 +9,12 @@ class DiffstillError(ValueError):
     exit_code = 2
 
 
+class TransientError(DiffstillError):
+    """A service or machine that is away for now: the same again may succeed. A task exits with 75, the command line with 2."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class GateError(DiffstillError):
     """A set that is not shown to be worth publishing; exit code 3."""
 

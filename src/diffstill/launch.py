@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffstill.commands import mend_streams
 from diffstill.config import Params, read_json
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, TransientError
 from diffstill.run import resolve_device, run_stage
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def ranks_here() -> int:
 def launch(work: Work, ranks: int) -> dict[str, float]:
     """Do `work` in so many processes of this machine; returns what the main rank has measured.
 
-    Raises `DiffstillError` with what a rank refuses or if one is killed, `RuntimeError` with the traceback of a bug.
+    Raises `DiffstillError` with what a rank refuses, `TransientError` if one is killed, `RuntimeError` with the traceback of a bug.
     A signal that ends this process ends them first, with exit code 128 + its number.
     """
     log.info("%s in %d processes ...", work.step, ranks)
@@ -110,27 +110,29 @@ def _supervise(arguments: Sequence[str], work: Work, folder: str) -> None:
 
 
 def _cause(failed: ChildFailedError) -> Exception:
-    """What went wrong first: a refusal, else a kill, else a bug. The others fail because they have lost a peer, or are ended by the launcher."""
+    """What went wrong first: an error of ours, else a kill, else a bug. The others fail because they have lost a peer, or are ended by the launcher."""
     began = min(failure.timestamp for failure in failed.failures.values())
     rank, first = min(failed.failures.items(), key=lambda item: (_order(item[1], began), item[1].timestamp, item[0]))
-    if _refuses(first):
-        return DiffstillError(_told(first)["message"].partition(": ")[2])
+    if _says_why(first):
+        kind = TransientError if first.exitcode == TransientError.exit_code else DiffstillError
+        return kind(_told(first)["message"].partition(": ")[2])
     if first.exitcode < 0:
         advice = "if it ran out of memory, give the task more, or take a smaller `finetune.batch_size`"
-        return DiffstillError(f"rank {rank} was killed by {first.signal_name()}; {advice}")
+        return TransientError(f"rank {rank} was killed by {first.signal_name()}; {advice}")
     return RuntimeError(f"rank {rank} ended with exit code {first.exitcode}:\n{_told(first)['traceback']}")
 
 
 def _order(failure: ProcessFailure, began: int) -> int:
     """Which failure to look at first. A kill is noticed later than what it does to others, but that by the launcher, of ranks that do not end, much later."""
-    if _refuses(failure):
+    if _says_why(failure):
         return 0
     by_launcher = failure.exitcode == -signal.SIGTERM or (failure.exitcode < 0 and failure.timestamp >= began + GRACE)
     return 3 if by_launcher else 1 if failure.exitcode < 0 else 2
 
 
-def _refuses(failure: ProcessFailure) -> bool:
-    return failure.exitcode == DiffstillError.exit_code and isinstance(failure.message, dict)
+def _says_why(failure: ProcessFailure) -> bool:
+    """Whether it is an error of ours, and no bug."""
+    return failure.exitcode in (DiffstillError.exit_code, TransientError.exit_code) and isinstance(failure.message, dict)
 
 
 def _told(failure: ProcessFailure) -> dict[str, str]:
@@ -168,14 +170,17 @@ def _signals_as_before() -> Iterator[None]:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Progress to standard error; a user's error is one message and its exit code, a bug keeps its traceback."""
+    """Progress to standard error; a user's error is one message and its exit code, a bug keeps its traceback.
+
+    What may succeed when it is tried again leaves no last words.
+    """
     mend_streams()
     log_progress()
     try:
         yield
     except DiffstillError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if TERMINATION_LOG.is_file():  # in a pod, and nowhere else
+        if not isinstance(error, TransientError) and TERMINATION_LOG.is_file():  # in a pod, and nowhere else
             TERMINATION_LOG.write_text(f"{REFUSAL} (exit code {error.exit_code}): {error}"[:1000], encoding="utf-8")
         raise SystemExit(error.exit_code) from error
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from http import HTTPStatus
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -27,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from diffstill import storage
 from diffstill.artifacts import file_digest, is_sealed, seal
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, TransientError, without_secrets
 from diffstill.names import is_inside
 from diffstill.record import Record, ignore
 
@@ -202,9 +203,17 @@ def _hub_errors(reference: HubReference) -> Iterator[None]:
     try:
         yield
     except (HUB_FAILURE, HFValidationError, OSError) as error:
-        raise DiffstillError(
+        raise (TransientError if _hub_passes(error) else DiffstillError)(
             f"{reference}: cannot be had from the hub ({_reason(error)}); check name and revision, HF_TOKEN if the repository wants one, HF_ENDPOINT"
         ) from error
+
+
+def _hub_passes(error: BaseException) -> bool:
+    """Whether the hub is away or overloaded; its client hides that behind what it lacks for it."""
+    if isinstance(error, HUB_FAILURE):
+        answer = getattr(error, "response", None)
+        return answer is None or answer.status_code >= 500 or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS
+    return error.__cause__ is not None and _hub_passes(error.__cause__)
 
 
 # --- S3 ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Any, Literal, Self
 from filelock import FileLock
 
 from diffstill.artifacts import DESKTOP_LITTER
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, TransientError, without_secrets
 from diffstill.names import is_inside
 from diffstill.record import Progress, Record, ignore
 
@@ -242,8 +242,8 @@ def _contradicts(held: Mapping[str, Any], md5: str) -> bool:
     return bool(re.fullmatch("[0-9a-f]{32}", etag)) and etag != md5 and not str(held.get("ServerSideEncryption")).startswith("aws:kms")
 
 
-def _changed(uri: str) -> DiffstillError:
-    return DiffstillError(f"{uri}: changed while it was downloaded; try again when nothing writes there")
+def _changed(uri: str) -> TransientError:
+    return TransientError(f"{uri}: changed while it was downloaded; try again when nothing writes there")
 
 
 def _damaged(uri: str, name: str) -> DiffstillError:
@@ -425,7 +425,7 @@ class _Upload:
     def _refuse_lost(self, sent: set[str]) -> None:
         expected = sent | {item.name for item in self.verified}
         if lost := expected & {file.name for file in self.missing()}:
-            raise DiffstillError(f"{self.uri}: lost {min(lost)!r} after it was sent; look for what removes objects there, then try again")
+            raise TransientError(f"{self.uri}: lost {min(lost)!r} after it was sent; look for what removes objects there, then try again")
 
     def _send(self, file: _File, count: Callable[[int], None]) -> int:
         """Send one file, unless there is an object of its name by now: what that holds is seen when all are verified."""
@@ -701,7 +701,7 @@ class _Removal:
     def _refuse_late(self) -> None:
         """Raise `DiffstillError` when the sign is so old that an upload may soon take this removal for dead."""
         if time.time() - self.given > LEASE.total_seconds() / 3:
-            raise DiffstillError(f"{self.uri}: its removal was held up, and somebody may be uploading there by now; try again")
+            raise TransientError(f"{self.uri}: its removal was held up, and somebody may be uploading there by now; try again")
 
     def _address(self, name: str) -> dict[str, str]:
         bucket, prefix = _parts(self.uri)
@@ -743,7 +743,9 @@ def _client(uri: str) -> Iterator[Any]:
         # The code alone: messages of servers quote access keys and signatures.
         code = error.response.get("Error", {}).get("Code", "?") if isinstance(error, ClientError) else type(error).__name__
         fix = _FIXES.get(code, "check AWS_ENDPOINT_URL, the network and the service, then try again")
-        raise DiffstillError(f"{uri}: bucket {_parts(uri)[0]!r} at {_endpoint()} refuses ({code}); {fix}") from error
+        raise (DiffstillError if code in _FIXES else TransientError)(
+            f"{uri}: bucket {_parts(uri)[0]!r} at {_endpoint()} refuses ({code}); {fix}"
+        ) from error
 
 
 def _session() -> Any:

@@ -24,7 +24,7 @@ from diffstill import database
 from diffstill.artifacts import Artifact
 from diffstill.config import Params, Section
 from diffstill.environment import code_commit, git_sha, is_commit
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, TransientError, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -233,10 +233,21 @@ def answering(uri: str | None = None) -> Iterator[None]:
             raise DiffstillError(_other_schema(without_secrets(uri or tracking_uri()), found[1] or found[2])) from error
         reason = without_secrets(" ".join(str(error).split()))
         reason = reason if len(reason) <= SHOWN else f"{reason[: SHOWN // 2]} ... {reason[-SHOWN // 2 :]}"  # the cause stands at the end
-        raise DiffstillError(
+        raise (TransientError if _passes(error) else DiffstillError)(
             f"MLflow at {without_secrets(uri or tracking_uri())} refuses ({reason}); "
             "mend MLFLOW_TRACKING_URI or MLFLOW_RUN_ID, or start the server; with MLFLOW_TRACKING_URI=none a chain runs without tracking"
         ) from error
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may succeed later: a server or database that is away or overloaded."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, (OperationalError, sqlite3.OperationalError))
 
 
 def _other_schema(address: str, revision: str) -> str:

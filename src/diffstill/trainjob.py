@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from diffstill.artifacts import Kind, open_artifact, refuse_foreign
-from diffstill.errors import DiffstillError, without_secrets
+from diffstill.errors import DiffstillError, GateError, TransientError, without_secrets
 from diffstill.launch import Work
 from diffstill.registry import bring
 from diffstill.run import Listener
@@ -88,7 +88,7 @@ def train(work: Work, order: Order, output: Kind, uris: Mapping[str, str]) -> di
     """Do `work`, whose paths are folders here, on the nodes of a TrainJob; `output` names the artifact that it makes. Returns its last metrics, and `gpu_hours`.
 
     `uris` are the same artifacts in Kubeflow's store. A killed pod that is started again goes on with the TrainJob that it finds.
-    Raises `DiffstillError` if the TrainJob fails, cannot be made or watched; it is deleted then, as when this process is told to end.
+    Raises `DiffstillError` if a node refuses or the TrainJob cannot be made, `TransientError` if it fails or cannot be watched; it is deleted then, as when this process is told to end.
     """
     made = Path(work.paths[output])
     refuse_foreign(made, output)
@@ -162,19 +162,15 @@ def _ending_with_us(job: _Job, *, keep_failed: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if keep_failed and isinstance(error, TrainJobError):
+        if keep_failed and job.failed:
             log.info("TrainJob %s is kept; `kubectl delete trainjob %s` removes it", job.name, job.name)
         else:
             job.part()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class TrainJobError(DiffstillError):
-    """A TrainJob that did not end well."""
 
 
 @dataclass
@@ -187,6 +183,8 @@ class _Job:
     """Lines that were printed, by pod: after a preemption there is another."""
     seconds: float = 0.0
     """That its nodes ran, not counting a queue before them."""
+    failed: bool = False
+    """Whether it has ended, and not well."""
 
     @cached_property
     def client(self) -> TrainerClient:
@@ -216,7 +214,7 @@ class _Job:
             time.sleep(POLL_SECONDS)
 
     def follow(self) -> None:
-        """Print what the main rank says until all is done. Raises `TrainJobError` with the reason if it fails."""
+        """Print what the main rank says until all is done. Raises `DiffstillError` with what a node refuses, `TransientError` if it fails otherwise."""
         before, running = "", 0.0
         while True:
             now: TrainJob = _asked(lambda: self.client.get_job(self.name))
@@ -230,7 +228,8 @@ class _Job:
             if now.status == "Complete":
                 return
             if now.status == "Failed":
-                raise TrainJobError(self._reason(now))
+                self.failed = True
+                raise (DiffstillError if self._refused() else TransientError)(self._reason(now))
             time.sleep(POLL_SECONDS)
 
     def delete(self, pauses: Sequence[float] | None = None) -> None:
@@ -271,6 +270,13 @@ class _Job:
         except (ApiException, HTTPError):
             return []
 
+    def _refused(self) -> bool:
+        """Whether a node ended with the exit code of a refusal."""
+        ask: Any = self.client.backend.core_api.list_namespaced_pod
+        pods = _asked(lambda: ask(self.place[2], label_selector=f"jobset.sigs.k8s.io/jobset-name={self.name}", _request_timeout=WAIT))
+        ended = [one.state.terminated for pod in pods.items for one in pod.status.container_statuses or () if one.name == NODE and one.state]
+        return any(end.exit_code in (DiffstillError.exit_code, GateError.exit_code) for end in ended if end)
+
     def _reason(self, now: TrainJob) -> str:
         """Why it has failed: what a node says of its error, else the last words of one that failed, else the cluster's."""
         broken = sorted((step for step in now.steps if step.status == "Failed"), key=lambda step: step.name != MAIN)
@@ -304,7 +310,7 @@ def _connected() -> TrainerClient:
 def _asked(ask: Callable[[], Any], *, unless: int = 0, pauses: Sequence[float] | None = None) -> Any:
     """What the API answers, None for status `unless`; an API that is not there for a moment is asked again.
 
-    Raises `DiffstillError` with its own words if it refuses.
+    Raises `DiffstillError` with its own words if it refuses, `TransientError` if it stays away.
     """
     from kubernetes.client import ApiException
     from urllib3.exceptions import HTTPError
@@ -319,8 +325,8 @@ def _asked(ask: Callable[[], Any], *, unless: int = 0, pauses: Sequence[float] |
                 return None
             if not isinstance(cause, (ApiException, HTTPError, OSError, multiprocessing.TimeoutError)):
                 raise
-            if pause is None or (status and status < 500 and status not in PASSING):
-                raise DiffstillError(_refusal(status, _words(cause))) from None
+            if pause is None or not _passes(status):
+                raise (TransientError if _passes(status) else DiffstillError)(_refusal(status, _words(cause))) from None
         time.sleep(pause)
     raise AssertionError("the last pause is None")
 
@@ -340,12 +346,17 @@ def _words(error: BaseException) -> str:
     return without_secrets(" ".join(said.split()))[:300]
 
 
+def _passes(status: int | None) -> bool:
+    """Whether the same request may succeed later; an answer that did not come has no status."""
+    return not status or status in PASSING or status >= 500
+
+
 def _refusal(status: int | None, words: str) -> str:
     advice = {
         401: "allow the service account of the pipeline what `diffstill.trainjob.RIGHTS` lists",
         403: "allow the service account of the pipeline what `diffstill.trainjob.RIGHTS` lists",
         404: "see that Kubeflow Trainer v2 and the runtime that `infra.trainjob.runtime` names are installed, and that nobody else deletes the TrainJob",
     }
-    if not status or status in PASSING or status >= 500:
+    if status is None or _passes(status):
         return f"Kubernetes does not answer ({words}); see to its API server, then try again"
     return f"Kubernetes refuses ({status}, {words}); {advice.get(status, 'change `infra.trainjob` or `infra.resources.finetune`')}"
