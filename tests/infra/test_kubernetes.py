@@ -62,6 +62,7 @@ def made_of(folder, resources, components=(), namespace="diffstill", transformer
         "components": [str(up / "components" / one) for one in components],
     }
     head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    folder.mkdir(exist_ok=True)
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | parts))
     return rendered(folder)
 
@@ -97,6 +98,17 @@ def test_all_components_go_together(tmp_path):
     assert complaints(objects) == []
     assert {"ClusterQueue", "ClusterTrainingRuntime", "RuntimeClass"} <= {thing["kind"] for thing in objects}
     assert by_kind(objects, "StatefulSet") == [], "the database is Amazon's"
+
+
+def test_a_queue_takes_the_gpus_out_of_the_quota_in_any_order_of_the_components(tmp_path):
+    orders = (["gpu", "kueue"], ["kueue", "gpu"], ["kueue"])
+    made = []
+    for at, listed in enumerate(orders):
+        made_of(tmp_path / str(at), ["base"], listed)
+        made.append(placed(tmp_path / str(at)))
+        assert complaints(made[-1]) == [], listed
+    assert made[0] == made[1] == made[2]
+    assert [error for thing in made[1] for error in refused(thing)] == []
 
 
 def test_secrets_come_from_files_that_git_ignores(secrets):
