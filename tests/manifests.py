@@ -18,7 +18,7 @@ import yaml
 kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)  # it would read megabytes anew for each object
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "infra" / "kubernetes"
-VERSIONS = ("1.32", "1.35")
+VERSIONS = ("1.32", "1.35", "1.36")
 """Of Kubernetes, that objects must be valid for."""
 CLUSTER = sorted(path.parent for path in (KUBERNETES / "cluster").rglob("kustomization.yaml"))
 """Folders that a cluster has once, whatever the number of teams."""

@@ -20,7 +20,7 @@ from mlflow.server.security_utils import is_allowed_host_header
 import manifests
 from components.images import TAGGED, load_images
 from diffstill.launch import REFUSAL
-from manifests import CLUSTER, KUBERNETES, ROOT, arguments, name, placed, pods, refused, rendered
+from manifests import CLUSTER, KUBERNETES, ROOT, VERSIONS, arguments, name, placed, pods, refused, rendered
 from pipelines.nodes import labels, order
 from pipelines.package import write_package
 from pipelines.settings import load_settings
@@ -82,6 +82,13 @@ def test_the_overlays_are_those_that_are_described():
     shared = [str(folder.relative_to(KUBERNETES)) for folder in CLUSTER]
     for folder in (*(f"overlays/{one}" for one in OURS), *(f"components/{one}" for one in COMPONENTS), *shared):
         assert f"`{folder}`" in described, folder
+
+
+def test_objects_are_validated_for_the_versions_that_are_promised():
+    page = (KUBERNETES / "README.md").read_text()
+    assert f"Written for Kubernetes {VERSIONS[0]} to {VERSIONS[-1]}," in page
+    assert f"validates each object for Kubernetes {', '.join(VERSIONS[:-1])} and {VERSIONS[-1]}," in page
+    assert set(re.findall(r"Kubernetes (\d+\.\d+)\.\d+ with", page)) <= set(VERSIONS), "what was tried is promised, too"
 
 
 @pytest.mark.parametrize("folder", ["base", *(f"overlays/{one}" for one in OVERLAYS), "external-secrets"])
