@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -672,6 +674,19 @@ def test_two_processes_do_not_share_a_work_folder():
         pass
     with work() as again:  # free again once the first has ended
         again.append("lines", {"a": 1})
+
+
+def test_a_short_stage_waits_for_the_other(caplog):
+    first, second = work(), WorkFolder("pretrain", SampleConfig(), {}, wait=True)
+    first.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second.__enter__)
+        time.sleep(0.2)
+        assert not waiting.done()
+        first.__exit__()
+        waiting.result(timeout=10)
+    second.__exit__()
+    assert "is at work on this very step; waiting until it has finished" in caplog.text
 
 
 def test_what_a_file_browser_leaves_is_no_damage(tmp_path):

@@ -25,11 +25,12 @@ def shell(line: str, cwd: Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(["sh", "-c", line], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_a_preset_sent_to_its_own_file_is_whole(tmp_path):
-    done = shell("diffstill preset tiny > params.yaml", tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "wrote params.yaml (preset tiny); next: diffstill run\n")
-    assert load_params(tmp_path / "params.yaml") == preset("tiny")
-    assert (tmp_path / "params.yaml").read_text() == render_params(preset("tiny"))
+@pytest.mark.parametrize("name", ["digits", "tiny", "fashion-mnist"])
+def test_a_preset_sent_to_its_own_file_is_whole(name, tmp_path):
+    done = shell(f"diffstill preset {name} > params.yaml", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"wrote params.yaml (preset {name}); next: diffstill run\n")
+    assert load_params(tmp_path / "params.yaml") == preset(name)
+    assert (tmp_path / "params.yaml").read_text() == render_params(preset(name))
 
 
 # --- closed and narrow streams --------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
             "evaluate: {images_per_class: [1, 11]}",
             "`evaluate.images_per_class` asks for 11, but `sample.images_per_class` draws 10; raise the latter",
         ),
-        ("finetune: {seeds: [0, 1]}", "`finetune.seeds` has 2 entries; give 1, or one for each of the 3 `sample.seeds`"),
+        ("finetune: {seeds: [0, 1]}", "`finetune.seeds` has 2 entries; give 1, or one for each of the 10 `sample.seeds`"),
         ("sample: {steps: 1001}", "`sample.steps` 1001 exceeds the 1000 `pretrain.timesteps`; lower it"),
         ("sample: {images_per_class: 1000000000}", "`sample.images_per_class` is 1000000000: Input should be less than or equal to 10000"),
         ("sample: {classes: []}", "`sample.classes` is []: Tuple should have at least 1 item after validation, not 0"),

@@ -188,6 +188,23 @@ def test_a_database_without_the_files_of_its_runs_is_refused(folder, monkeypatch
     a_run()
 
 
+def test_a_copy_of_the_database_alone_writes_into_no_other_folder(folder, monkeypatch):
+    a_run()
+    before = sorted((folder / "mlartifacts").iterdir())
+    there = folder.parent / "there"
+    there.mkdir()
+    shutil.copy(folder / "mlflow.db", there)
+    enter(there, monkeypatch)
+    with pytest.raises(
+        DiffstillError, match=rf"is a copy of {folder}/mlflow.db without the files of its runs.*copy that folder to {there}/mlartifacts"
+    ):
+        a_run()
+    shutil.copytree(folder / "mlartifacts", there / "mlartifacts")
+    a_run()
+    assert sorted((folder / "mlartifacts").iterdir()) == before
+    assert rows(there, "SELECT artifact_location FROM experiments WHERE name = 'diffstill'") == [((there / "mlartifacts").as_uri(),)]
+
+
 def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(folder, monkeypatch):
     """Neither a place of another name nor one that is not the database's own is touched."""
     client = connect()

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from chains import contents
 from diffstill import cli
@@ -63,12 +65,15 @@ def _taken() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "given"), list(_taken()))
 @pytest.mark.parametrize("where", ["same", "inside", "around"])
 def test_no_stage_writes_into_what_it_reads(tmp_path: Path, name: str, given: str, where: str) -> None:
-    stage, place = STAGES[name], tmp_path / "linked" / "deep"
+    stage, deep = STAGES[name], "val" if given == "data" else "deep"
+    place = tmp_path / "linked" / deep
     (tmp_path / "real").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     paths: dict[str, Any] = {one: tmp_path / one for one in stage.inputs}
-    paths[given] = [place] if given in (*stage.many, "parts") else place
-    paths[stage.output] = {"same": tmp_path / "real" / "deep", "inside": tmp_path / "real" / "deep" / "out", "around": tmp_path / "real"}[where]
+    read = tmp_path / "linked" if given == "data" else place  # of which `prepare` reads train/, test/ and val/
+    other = tmp_path / "other"
+    paths[given] = [place, other] if given in (*stage.many, "parts") else read
+    paths[stage.output] = {"same": tmp_path / "real" / deep, "inside": tmp_path / "real" / deep / "out", "around": tmp_path / "real"}[where]
     with pytest.raises(DiffstillError, match=RUINED):
         run_stage(name, preset("tiny").section(name), paths)
     assert not contents(tmp_path)
@@ -139,3 +144,16 @@ def test_nor_does_a_run_here_lie_in_its_data(tmp_path: Path) -> None:
     with pytest.raises(DiffstillError, match=r"lies inside the input `prepare\.location`"):
         run_local(params, load_settings(pipelines.SETTINGS), tmp_path / "out", executor=processes(), shards=ShardsConfig())
     assert not contents(tmp_path)
+
+
+def test_an_output_may_lie_beside_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`location: .` in the folder that has train/."""
+    draws = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for number in range(6):
+            Image.fromarray(draws.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / "train" / label / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    config = preset("tiny").prepare.model_copy(update={"source": "folder", "location": ".", "classes": None})
+    assert run_stage("prepare", config, {"images": Path("artifacts/images")})["train_images"] == 8

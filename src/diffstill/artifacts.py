@@ -410,20 +410,33 @@ class WorkFolder:
     with one line in the log, so that it is made again.
     """
 
-    def __init__(self, stage: str, config: Section, inputs: Mapping[str, Artifact], *more: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        stage: str,
+        config: Section,
+        inputs: Mapping[str, Artifact],
+        *more: str,
+        device: str = "cpu",
+        wait: bool = False,
+    ) -> None:
         work = json.dumps([config.canonical(), {name: artifact.digest for name, artifact in sorted(inputs.items())}, more])
         self.folder = work_root() / f"{stage}-{_short_digest(work)}"
         self._key = _short_digest(f"{self.folder.name} {maker(device)}")
         self._lock = FileLock(self.folder.with_suffix(".lock"), timeout=0)
         self._told: set[str] = set()
+        self._wait = wait
 
     def __enter__(self) -> Self:
-        """Keep other processes out. Raises `DiffstillError` if one is at work on the same thing."""
+        """Keep other processes out; where one is at work on the same thing, raise `DiffstillError` or wait for it."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.folder}: another diffstill is at work on this very step"
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise DiffstillError(f"{self.folder}: another diffstill is at work on this very step; wait until it has finished") from error
+            if not self._wait:
+                raise DiffstillError(f"{busy}; wait until it has finished") from error
+            log.warning("%s; waiting until it has finished", busy)
+            self._lock.acquire(timeout=-1)
         return self
 
     def __exit__(self, *_error: object) -> None:

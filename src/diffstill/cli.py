@@ -243,6 +243,8 @@ def write_preset(name: str, output: Path, force: bool) -> None:
 
 def _refuse_changed(output: Path, wanted: Params) -> None:
     """An untouched preset may be replaced by another; values of one's own may not."""
+    if not output.stat().st_size:  # as the shell leaves it in `diffstill preset tiny > params.yaml`
+        return
     try:
         present = load_params(output)
     except DiffstillError as error:

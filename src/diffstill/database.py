@@ -92,9 +92,16 @@ def _follow(database: sqlite3.Connection, file: Path) -> None:
         if not (location or "").startswith("file:") or there.name != ARTIFACTS or there.resolve() == here.resolve():
             continue
         runs = [name for (name,) in database.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,))]
-        if any((here / run).is_dir() for run in runs):
+        another = there.parent / file.name  # where this file alone was copied: the database of that place
+        stayed = another.is_file() and any((there / run).is_dir() for run in runs)
+        if any((here / run).is_dir() for run in runs) or (another.is_file() and not stayed):
             _rewrite(database, location, here.as_uri())
             log.warning("%s was in %s before; its artifacts are now those in %s", file.name, there.parent, here)
+        elif stayed:
+            raise DiffstillError(
+                f"{file}: is a copy of {another} without the files of its runs, and would write into {there}; "
+                f"copy that folder to {here}, or move this file away to begin anew"
+            )
         elif runs and not there.parent.is_dir():  # where only the folder of the files is missing, none was written yet
             raise DiffstillError(
                 f"{file}: has lost the files of its runs: neither {there}, where they were, nor {here} has them; "

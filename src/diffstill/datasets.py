@@ -38,7 +38,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from diffstill.artifacts import cache_folder, file_digest, is_sealed, seal
-from diffstill.config import PrepareConfig
+from diffstill.config import SPLITS, PrepareConfig
 from diffstill.draws import Purpose, shuffled
 from diffstill.errors import DiffstillError
 from diffstill.imagenet import SUBSETS, title_of
@@ -50,7 +50,6 @@ Labels = npt.NDArray[np.int64]
 
 log = logging.getLogger("diffstill")
 
-SPLITS = ("train", "val", "test")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 """A file of such a name is said to be an image; of another one the content decides."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffstill import storage
 from diffstill.artifacts import ANCESTORS, MANIFEST, Kind, cache_folder, open_artifact, read_manifest, refuse_foreign, refuse_overlap, work_root
 from diffstill.commands import keeping
-from diffstill.config import Params, Section
+from diffstill.config import SPLITS, Params, Section
 from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
 from diffstill.record import Progress, ignore
@@ -163,7 +163,8 @@ def run_stage(
     """
     stage, step = STAGES[name], step or name
     main = _is_main(name, stage)
-    refuse_overlap(paths[stage.output], dict(_taken(stage, config, paths)))
+    for taken, place in _taken(stage, config, paths):  # several may have one name
+        refuse_overlap(paths[stage.output], {taken: place})
     remote, paths = _landing(stage, paths)
     config, paths = _brought(stage, config, _gathered(stage, paths))
     _require(stage, paths)
@@ -234,7 +235,9 @@ def _taken(stage: Stage, config: Section, paths: Mapping[str, Any]) -> Iterator[
         yield from ((name, one) for one in ([given] if isinstance(given, str | Path) else given))
     for name, named in stage.outside.items():
         if place := paths.get(name) or getattr(config, named):
-            yield name, place
+            # Of a folder of images these alone are read, so that an output may lie beside them.
+            parts = SPLITS if stage.output == "images" else ("",)
+            yield from ((name, f"{place}/{part}" if "://" in str(place) else Path(place) / part) for part in parts)
 
 
 def _gathered(stage: Stage, paths: Mapping[str, Any]) -> dict[str, Any]:

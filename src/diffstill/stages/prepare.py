@@ -33,7 +33,8 @@ def prepare(config: PrepareConfig, *, images: Path, data: Path | None = None, re
     """
     refuse_foreign(images, "images")
     dataset = load(config.model_copy(update={"location": str(data)}) if data else config, record)
-    with WorkFolder("prepare", config.model_copy(update={"max_bad_fraction": 0.0}), {}, dataset.fingerprint) as work:
+    alike = config.model_copy(update={"max_bad_fraction": 0.0})  # it changes no image
+    with WorkFolder("prepare", alike, {}, dataset.fingerprint, wait=True) as work:
         rejected = _read_all(dataset, config, work, record)
         listed = [{"file": dataset.names[row], "reason": rejected[row]} for row in sorted(rejected)]
         _write_json(work.folder / "rejected.json", listed)
