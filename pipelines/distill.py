@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
+from kfp.dsl.constants import WORKSPACE_MOUNT_PATH
 from kubernetes.utils.quantity import parse_quantity
 
 from components.encode.component import encode as encode_images
@@ -176,9 +177,10 @@ def arguments(
 def literal(text: str) -> str:
     """The same JSON, written so that nobody on its way to a task takes a part of it for his own.
 
-    Kubeflow reads `{{$...}}` and `[[RunUUID]]`, Argo `{{...}}`, Kubernetes `$(NAME)`. None of these can stand in JSON but within a text.
+    Kubeflow reads `{{$...}}` and `[[RunUUID]]`, Argo `{{...}}`, Kubernetes `$(NAME)`, kfp's local runner the path of its workspace. None of these can stand in JSON but within a text.
     """
-    return re.sub(r"\[\[(?=[A-Z])", r"\\u005b[", text.replace("$", r"\u0024").replace("{{", r"{\u007b"))
+    text = text.replace("$", r"\u0024").replace("{{", r"{\u007b").replace(WORKSPACE_MOUNT_PATH, WORKSPACE_MOUNT_PATH.replace("k", r"\u006b"))
+    return re.sub(r"\[\[(?=[A-Z])", r"\\u005b[", text)
 
 
 def _needs(settings: Settings | None, publish: PublishConfig | None) -> dict[str, object]:

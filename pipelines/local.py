@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 from kfp import local
 from kfp.dsl.base_component import BaseComponent
-from kfp.local import docker_task_handler
+from kfp.local import docker_task_handler, placeholder_utils
 from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
 
 import diffstill
@@ -211,9 +212,10 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _mend_kfp() -> None:
-    """Kfp 2.17.0 takes conditions on texts with quotes for false, and may take a failed container for a good one."""
+    """Kfp 2.17.0 takes conditions on texts with quotes for false, may take a failed container for a good one, and looks for placeholders in values."""
     ConditionEvaluator._resolve_pipeline_channel = staticmethod(_in_quotes)
     docker_task_handler.run_docker_container = _run_container
+    placeholder_utils.resolve_individual_placeholder = _resolved
 
 
 _value_of = ConditionEvaluator._resolve_pipeline_channel
@@ -223,6 +225,14 @@ def _in_quotes(reference: str, io_store: Any) -> Any:
     """A value of a condition; a text as it may stand between the single quotes that kfp puts around it."""
     value = _value_of(reference, io_store)
     return value.replace("\\", "\\\\").replace("'", "\\'") if isinstance(value, str) else value
+
+
+_resolve = placeholder_utils.resolve_individual_placeholder
+
+
+def _resolved(element: str, executor_input_dict: Mapping[str, Any], **names: str) -> str:
+    """A word of a command, its placeholders replaced; what a task is handed is not looked at again, whatever its paths and metadata hold."""
+    return json.dumps(executor_input_dict) if element == "{{$}}" else _resolve(element, executor_input_dict, **names)
 
 
 def _run_container(client: Any, image: str, command: list[str], volumes: Mapping[str, Any], **options: Any) -> int:

@@ -114,6 +114,14 @@ def test_the_revision_of_data_in_dvc_is_shown_with_all_that_descends_from_them(t
     assert (shown["data_revision"], shown["data_md5"]) == ("a" * 40, f"{'b' * 32}.dir")
 
 
+def test_no_placeholder_of_kubeflow_or_kubernetes_stands_in_metadata(tiny_chain):
+    """Every later task is handed them as JSON, in which some of those that hand it on would look for their own."""
+    made = open_artifact(tiny_chain.artifacts / "images", "images")
+    config = made.manifest.config | {"source": "folder", "location": "/data/{{$.x}} $(HOME)/a b"}
+    shown = task._described(replace(made, manifest=made.manifest.model_copy(update={"config": config})))
+    assert shown["data_location"] == "/data/%7B%7B$.x}} %24%28HOME)/a b"
+
+
 def test_hours_of_gpus_are_told_by_task_and_change_no_byte(tiny_chain, tmp_path, monkeypatch):
     """They travel beside the artifacts; of the same task, through two inputs, they count once."""
     monkeypatch.setattr(task, "gpus_held", lambda device: 4)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from diffstill.artifacts import Artifact, read_manifest
 from diffstill.config import Params, read_json
@@ -111,7 +112,13 @@ def _described(made: Artifact) -> dict[str, Any]:
     counted = {name: len(facts[name]) for name in ("classes", "seeds", "students") if name in facts}
     images = {f"{split}_images": count if isinstance(count, int) else sum(count.values()) for split, count in facts.get("counts", {}).items()}
     origin = {f"data_{name}": value for name, value in data.items()}
-    return {"kind": made.manifest.kind, "digest": made.digest, **told, **counted, **images, **origin}
+    shown = {"kind": made.manifest.kind, "digest": made.digest, **told, **counted, **images, **origin}
+    return {name: _plain(value) if isinstance(value, str) else value for name, value in shown.items()}
+
+
+def _plain(text: str) -> str:
+    """The text with what Kubeflow, Argo or Kubernetes would fill in percent-encoded: the metadata of an artifact are handed to every later task."""
+    return re.sub(r"\{\{|\$\(", lambda found: quote(found[0]), text)
 
 
 def _spent(given: Mapping[str, Any]) -> dict[str, float]:

@@ -241,8 +241,8 @@ def test_arguments_are_texts_that_give_the_sections_back():
     assert (needs["disk_gib"], needs["store"]) == (10.0, None)
 
 
-ODD = r"""{{$}} {{{$.inputs.parameters['config']}}} {{workflow.name}} [[RunUUID]] [["[[CurrentTime.2006]]"]] $(AWS_SECRET_ACCESS_KEY) $$ \u0024 \{{"""
-PLACEHOLDER = re.compile(r"\{\{|\$|\[\[[A-Z]")
+ODD = r"""{{$}} {{{$.inputs.parameters['config']}}} {{workflow.name}} [[RunUUID]] [["[[CurrentTime.2006]]"]] $(AWS_SECRET_ACCESS_KEY) $$ \u0024 \{{ /kfp-workspace \/kfp-workspace"""
+PLACEHOLDER = re.compile(r"\{\{|\$|\[\[[A-Z]|/kfp-workspace")
 
 
 def test_nothing_in_parameters_is_taken_for_a_placeholder():

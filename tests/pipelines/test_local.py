@@ -243,9 +243,35 @@ def test_a_placeholder_in_a_parameter_reaches_the_task_as_it_is(tmp_path):
     def telling(config: str) -> str:
         return tell(config=config).outputs["Output"]
 
-    said = "{{$}} {{$.pipeline_job_name}} {{$.inputs.parameters['config']}} $(HOME) [[RunUUID]]"
+    said = "{{$}} {{$.pipeline_job_name}} {{$.inputs.parameters['config']}} $(HOME) [[RunUUID]] /kfp-workspace {{$.workspace_path}}"
     made = execute(telling, {"config": literal(json.dumps({"note": said}))}, tmp_path, processes(), cache=False)
     assert json.loads(made["Output"]) == {"note": said}
+
+
+def test_a_placeholder_in_metadata_or_a_path_reaches_the_next_task_as_it_is(tmp_path):
+    """Of one without a point kfp would make an IndexError, of others JSON that is none."""
+    said = "/data/{{$.x}} {{$}} {{$.pipeline_job_name}} {{$.inputs.parameters['config']}} /kfp-workspace"
+
+    @dsl.component(base_image="python:3.11", install_kfp_package=False)
+    def make(made: dsl.Output[dsl.Artifact], location: str):
+        import json
+        from pathlib import Path
+
+        Path(made.path).write_text("here")
+        made.metadata["location"] = json.loads(location)
+
+    @dsl.component(base_image="python:3.11", install_kfp_package=False)
+    def tell(made: dsl.Input[dsl.Artifact]) -> str:
+        from pathlib import Path
+
+        return made.metadata["location"] + " is " + Path(made.path).read_text()
+
+    @dsl.pipeline(name="telling")
+    def telling(location: str) -> str:
+        return tell(made=make(location=location).outputs["made"]).outputs["Output"]
+
+    made = execute(telling, {"location": literal(json.dumps(said))}, tmp_path / "o{{$.y}}", processes(), cache=False)
+    assert made["Output"] == f"{said} is here"
 
 
 def test_what_lies_at_a_place_is_told_apart_for_the_cache(tmp_path):
