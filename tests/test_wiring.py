@@ -58,6 +58,14 @@ def test_every_module_has_a_test_file():
     } == set()
 
 
+def test_the_readme_lists_every_module_and_no_other():
+    tree = (ROOT / "README.md").read_text().partition("\nsrc/diffstill/\n")[2].partition("\ncomponents/ ")[0]
+    dunders = {"__init__.py", "__main__.py"}
+    assert set(re.findall(r"\w+\.py\b", tree)) == {path.name for path in PACKAGE.glob("*.py")} - dunders
+    [told] = re.findall(r"^  stages/ +([a-z ]+):", tree, re.MULTILINE)
+    assert set(told.split()) == {path.stem for path in (PACKAGE / "stages").glob("[a-z]*.py")}
+
+
 # --- signatures ---------------------------------------------------------------------------------------------------
 
 
