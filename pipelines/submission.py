@@ -28,7 +28,8 @@ class Submission:
     """A run as it is asked for."""
 
     name: str
-    asked: Params
+    unpinned: Params
+    """What each run of a schedule takes: the data by the name that was asked for, all else as it was found."""
     settings: Settings
     images: Images
     arguments: Arguments
@@ -40,13 +41,13 @@ class Submission:
 
     def repeating(self) -> Self:
         """For a schedule: each run takes the data as they are then, and its time keeps it from being served from the cache; the same of weights in S3."""
-        asked, weights = self.asked, (self.asked.pretrain.location, self.asked.pretrain.autoencoder)
-        unpinned: dict[str, str] = {}
-        if asked.prepare.location:
-            unpinned = {"prepare": literal(asked.prepare.canonical()), "params": literal(asked.canonical()), "data_version": CURRENT_TIME}
+        params, weights = self.unpinned, (self.unpinned.pretrain.location, self.unpinned.pretrain.autoencoder)
+        changed: dict[str, str] = {}
+        if params.prepare.location:
+            changed = {"prepare": literal(params.prepare.canonical()), "params": literal(params.canonical()), "data_version": CURRENT_TIME}
         if any(place and place.startswith("s3://") for place in weights):
-            unpinned["weights_version"] = CURRENT_TIME
-        return replace(self, arguments={**self.arguments, **unpinned})
+            changed["weights_version"] = CURRENT_TIME
+        return replace(self, arguments={**self.arguments, **changed})
 
     def told(self) -> dict[str, Any]:
         """All that would be sent beside the package, in plain values."""
@@ -70,7 +71,7 @@ def prepare(
     versions = listed(found.prepare.location), listed(found.pretrain.location, found.pretrain.autoencoder)
     given = arguments(found, settings, settings.shards, *versions, publish=publish)
     title = name or f"{params.prepare.source} ipc{params.sample.images_per_class} {git_sha()[:8]}"
-    return Submission(title, params, settings, images, given, caching and images.by_digest)
+    return Submission(title, found.model_copy(update={"prepare": params.prepare}), settings, images, given, caching and images.by_digest)
 
 
 def pinned(params: Params, *, allow_unpushed: bool) -> Params:

@@ -560,6 +560,24 @@ def test_a_schedule_takes_data_and_weights_as_they_are_when_it_runs(project, ser
     assert versions == ["[[CurrentTime]]", "[[CurrentTime]]"]
 
 
+def test_a_schedule_records_the_weights_that_it_runs(tmp_path, monkeypatch):
+    """Pinned when it is made, unlike the data; `params` is what the run in MLflow tells of it."""
+    (tmp_path / "config.json").write_text("{}")
+    values = preset("tiny").plain()
+    values["prepare"] |= {"source": "folder", "location": "https://example.org/data.tar", "classes": None}
+    values["pretrain"] |= {"source": "folder", "location": "hf://someone/DiT@main"}
+    values["publish"]["name"] = "distilled-flowers"
+    params, images = Params.model_validate_json(json.dumps(values)), load_images(allow_tag=True)
+    with hub(tmp_path, "someone/DiT", {"main": "a" * 40}) as (url, _):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        order = prepare(params, load_settings(SETTINGS), images, name=None, caching=True, publish=False, allow_unpushed=True)
+    sent = order.repeating().arguments
+    recorded = Params.model_validate_json(sent["params"])
+    assert type(recorded.pretrain).model_validate_json(sent["pretrain"]) == recorded.pretrain
+    assert type(recorded.prepare).model_validate_json(sent["prepare"]) == recorded.prepare == params.prepare
+    assert recorded.pretrain.location == f"hf://someone/DiT@{'a' * 40}"
+
+
 @pytest.mark.parametrize(
     ("when", "said"),
     [(("--cron", "0 3 * * 1"), "does not have six fields"), ((), "either --cron or --every"), (("--cron", "0 0 3 * * 1", "--every", "60"), "either")],
