@@ -155,7 +155,7 @@ def test_what_the_gate_refuses_is_told_and_registered_nowhere(place, two_shards,
     done = publish(tracked, gate="val-gain", name="refused")
     told = done.stdout + done.stderr
     assert done.returncode == 2
-    assert re.search(r"^error: a set of 2 images per class reaches .*the gain is not shown to be above zero", told, re.MULTILINE)
+    assert re.search(r"^error: .*a set of 2 images per class reaches .*the gain is not shown to be above zero", told, re.MULTILINE)
     assert "Traceback" not in told
     assert "error: the pipeline failed" in done.stderr
     assert registry.search("refused") == []
@@ -306,7 +306,7 @@ def test_a_failing_step_is_told_and_loses_nothing(place, two_shards, chain_artif
 
 @pytest.mark.slow
 def test_a_retry_succeeds(place, chain_artifacts, tmp_path):
-    """Fine-tuning finds its work folder taken; when that is released, the second try gets through. MLflow has seen all of it."""
+    """Fine-tuning finds its work folder taken; when that is released, the second try gets through."""
     from mlflow import MlflowClient
 
     params, made = load_params(place.folder / "params.yaml"), place.folder / "chain" / "artifacts"
@@ -340,7 +340,8 @@ def test_a_retry_succeeds(place, chain_artifacts, tmp_path):
     assert parent.data.metrics, "the numbers of the report"
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {step.name for step in chain(preset("tiny"))}
-    assert sorted(run.info.status for run in children if run.info.run_name == "finetune") == ["FAILED", "FINISHED"]
+    # what is refused before anything is done leaves no run
+    assert [run.info.status for run in children if run.info.run_name == "finetune"] == ["FINISHED"]
 
 
 def test_volumes_and_gpus_of_a_cluster_are_not_looked_for_here():
