@@ -21,8 +21,15 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_len
 """The name of a Kubernetes object."""
 Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
 """The value of a Kubernetes label."""
+_DOMAIN, _WORD = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/", r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^({_DOMAIN})?{_WORD}$")]
+"""The key of a Kubernetes label or taint, like pool or example.org/pool."""
+ResourceName = Annotated[str, Field(pattern=rf"^{_DOMAIN}{_WORD}$")]
+"""A resource of nodes that is none of Kubernetes' own, like nvidia.com/gpu."""
 LabelName = Annotated[Name, Field(max_length=63)]
 """The name of an object that a label names, too."""
+Key = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
+"""A key in a secret or config map."""
 Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)]
 """The name of an environment variable; upper case, so that a pasted secret is not taken for one."""
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
@@ -53,9 +60,9 @@ class ClusterConfig(Section):
 class Toleration(Section):
     """A taint that pods of a task may stand."""
 
-    key: str | None = Field(None, description="key of the taint; null = all")
+    key: LabelKey | None = Field(None, description="key of the taint; null = all")
     operator: Literal["Equal", "Exists"] = Field("Exists", description="Exists, or Equal to `value`")
-    value: str | None = Field(None, description="value of the taint, with operator Equal")
+    value: Label | None = Field(None, description="value of the taint, with operator Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="effect of the taint; null = all")
 
     @model_validator(mode="after")
@@ -69,11 +76,11 @@ class Resources(Section):
     """What the pod of one task gets."""
 
     gpus: Annotated[int, Field(ge=0, le=16)] = Field(0, description="number of GPUs; with any, the task runs in the gpu image")
-    gpu_type: Annotated[str, Field(min_length=1)] = Field("nvidia.com/gpu", description="resource name of the GPU")
+    gpu_type: ResourceName = Field("nvidia.com/gpu", description="resource name of the GPU")
     cpu: Quantity | None = Field(None, description="CPU request and limit; null = the namespace's default")
     memory: Quantity | None = Field(None, description="memory request and limit; null = the namespace's default")
     shared_memory: Quantity | None = Field(None, description="size of /dev/shm; null = the container runtime's 64 MiB")
-    node_selector: Mapping[str, Label] = Field({}, description="labels that the node must have")
+    node_selector: Mapping[LabelKey, Label] = Field({}, description="labels that the node must have")
     tolerations: tuple[Toleration, ...] = Field((), description="taints that the node may have")
     timeout_minutes: Annotated[int, Field(ge=1)] | None = Field(None, description="the task fails after this time; null = never")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="times that a failed task is tried again; on a cluster with kubeflow-retries")
@@ -87,6 +94,14 @@ class Resources(Section):
         if self.gpus > 1 and self.shared_memory is None:
             raise ValueError(
                 f"`gpus` is {self.gpus}, whose processes talk through shared memory, but `shared_memory` is null, which leaves them 64 MiB; set it, like 16Gi"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pauses_within_bounds(self) -> Self:
+        if self.retry_seconds > self.retry_max_seconds:
+            raise ValueError(
+                f"`retry_seconds` is {self.retry_seconds}, but `retry_max_seconds` is {self.retry_max_seconds}, and no pause is longer; change one of them"
             )
         return self
 
@@ -115,10 +130,10 @@ class InfraConfig(Section):
     )
     run_as_non_root: bool = Field(True, description="refuse to start a container as root")
     run_as_user: Annotated[int, Field(ge=0)] | None = Field(10001, description="numeric user of the containers, as in the image")
-    secrets: Mapping[Name, Mapping[str, Variable]] = Field(
+    secrets: Mapping[Name, Mapping[Key, Variable]] = Field(
         {}, description="secret -> {key: environment variable}: credentials for S3 and MLflow, by name only"
     )
-    config_maps: Mapping[Name, Mapping[str, Variable]] = Field(
+    config_maps: Mapping[Name, Mapping[Key, Variable]] = Field(
         {}, description="config map -> {key: environment variable}: MLFLOW_TRACKING_URI, AWS_ENDPOINT_URL and the like"
     )
     work_claim: Name | None = Field(
