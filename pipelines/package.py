@@ -8,7 +8,7 @@ from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
 from components.images import Images
 from diffstill.artifacts import file_digest
-from pipelines.distill import NAME, build
+from pipelines.distill import build
 from pipelines.settings import Settings
 
 
@@ -23,9 +23,10 @@ def write_package(settings: Settings, images: Images, path: Path, *, kubernetes:
     try:
         compiler.Compiler().compile(pipeline, str(partial))
         if kubernetes:
-            version = f"{NAME}-{file_digest(partial)[:16]}"
+            name = settings.cluster.pipeline
+            version = f"{name}-{file_digest(partial)[:16]}"
             options = KubernetesManifestOptions(
-                pipeline_name=NAME,
+                pipeline_name=name,
                 pipeline_version_name=version,
                 pipeline_version_display_name=version,
                 namespace=settings.cluster.namespace,

@@ -49,7 +49,9 @@ class ClusterConfig(Section):
     )
     namespace: Name | None = Field(None, description="namespace of your profile, on a multi-user installation")
     experiment: str = Field("diffstill", description="experiment that the runs are listed under")
-    pipeline: str = Field("diffstill-distill", description="name under which the pipeline is uploaded; its versions are named by content")
+    pipeline: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=46)] = Field(
+        "diffstill-distill", description="name under which the pipeline is uploaded, at most 46 characters; its versions are named by content"
+    )
     token_env: Variable | None = Field(None, description="name of the environment variable that holds a bearer token; null = no token")
     ca_certificate: str | None = Field(None, description="file with the certificate authority of the host; null = the system's")
     pipeline_root: Annotated[str, Field(pattern=r"^(s3|minio|gs)://[^@\s]+$")] | None = Field(

@@ -58,6 +58,17 @@ def test_manifests_hold_a_pipeline_and_its_version():
     assert kinds == ["Pipeline", "PipelineVersion"]
 
 
+def test_manifests_have_the_name_that_the_settings_give(tmp_path):
+    """The longest that may be: the webhook makes a label of the version's."""
+    values, name = yaml.safe_load(SETTINGS.read_text()), f"a{44 * '-'}z"
+    values["cluster"]["pipeline"] = name
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    pipeline, version = yaml.safe_load_all(compiled(tmp_path, kubernetes=True, settings=tmp_path / "settings.yaml").read_text())
+    assert pipeline["metadata"]["name"] == version["spec"]["pipelineName"] == name
+    assert version["metadata"]["name"].startswith(f"{name}-")
+    assert len(version["metadata"]["name"]) == 63
+
+
 def test_no_secret_gets_into_what_is_compiled(tmp_path, monkeypatch):
     """Values planted wherever a careless compiler could find them; names of secrets are there, values, hosts and tokens are not."""
     planted = {
