@@ -91,6 +91,19 @@ def test_what_works_in_diffstill_alone_is_told_with_the_fix(monkeypatch):
     assert f"timm {importlib.metadata.version('timm')} ok" in told
 
 
+def test_kfp_of_an_image_is_for_tasks_alone(monkeypatch, tmp_path):
+    """There it is installed without its dependencies, and imports as Kubeflow's executor starts it."""
+    (tmp_path / "docstring_parser.py").write_text("raise ModuleNotFoundError('docstring_parser')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    doctor._unimportable.cache_clear()
+    try:
+        result = examine()
+    finally:
+        doctor._unimportable.cache_clear()
+    assert result.exit_code == 0
+    assert "for tasks alone, without" in " ".join(result.stdout.split())
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_torchvision_built_for_another_torch_is_told(monkeypatch, fits):
     monkeypatch.setattr(doctor, "_unimportable", lambda *_names: {})
