@@ -516,6 +516,7 @@ def test_a_deleted_injected_run_says_how_it_comes_back(runs, request, monkeypatc
 def test_tables_of_another_mlflow_are_refused_with_the_remedy(spoil, told, database, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(database / "mlflow.db", tmp_path)
+    shutil.copytree(database / "mlartifacts", tmp_path / "mlartifacts")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as tables:
         tables.executescript(spoil)
