@@ -123,8 +123,9 @@ def _write_params(path: Path, found: Found, lineage: Lineage) -> Path:
     known = (*found.lineage().artifacts, *lineage.artifacts)
     sections = {SECTIONS[one.manifest.kind]: one.manifest.config for one in known}
     sections.setdefault("evaluate", {"images_per_class": [sections["sample"]["images_per_class"]]})  # the default may ask for more than are drawn
-    # Nothing is published, but images of a folder have no name without one.
-    sections["publish"] = {**sections.get("publish", {}), "name": "reproduced"}
+    if sections["prepare"]["source"] == "folder":
+        # Nothing is published, but images of a folder have no name without one.
+        sections["publish"] = {**sections.get("publish", {}), "name": "reproduced"}
     YAML().dump(sections, path)
     return path
 
