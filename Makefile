@@ -53,6 +53,7 @@ bench: setup  ## all benchmarks at sizes for a CPU, one after the other; leave t
 	$(BENCH).encode
 	$(BIN)/python benchmarks/upload.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/startup.py
 
 bench-gpu: setup  ## the benchmarks of DiT-XL/2 at 256 px, on a CUDA device
 	$(BENCH).finetune --device cuda --size xl --batch 8 64 --compile

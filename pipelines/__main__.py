@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -14,8 +14,8 @@ import click
 
 from components.images import LOCK, load_images
 from diffstill.artifacts import file_digest, refuse_overlap
-from diffstill.catalogue import FOLDER
-from diffstill.cli import Command, log_to_terminal, params_option
+from diffstill.catalogue import FOLDER, Decorated, params_option
+from diffstill.cli import log_to_terminal
 from diffstill.commands import Group
 from diffstill.config import load_params
 from diffstill.errors import DiffstillError
@@ -29,14 +29,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 SETTINGS = Path(__file__).with_name("settings.yaml")
 
 
-def settings_option(command: Command) -> Command:
+def settings_option(command: Decorated) -> Decorated:
     """What the cluster is and what the pods get."""
     return click.option("--settings", "settings_path", type=FILE, default=SETTINGS, show_default="pipelines/settings.yaml", help="Cluster and pods.")(
         command
     )
 
 
-def images_options(command: Command) -> Command:
+def images_options(command: Decorated) -> Decorated:
     """Which images the tasks run in."""
     command = click.option("--images-lock", type=FILE, default=LOCK, show_default="docker/images.lock", help="Images by digest.")(command)
     return click.option("--allow-tag", is_flag=True, help="Take images by tag too: for trials, such runs cannot be repeated.")(command)
@@ -78,6 +78,7 @@ def compile_pipeline(settings_path: Path, images_lock: Path, allow_tag: bool, ou
 @click.option("--publish", is_flag=True, help="Make a version of the distilled set in MLflow's registry.")
 def run_here(
     params_path: Path,
+    changes: Sequence[str],
     settings_path: Path,
     runner: str,
     image: str | None,
@@ -93,7 +94,7 @@ def run_here(
     from pipelines.local import containers, processes, run_local
     from pipelines.settings import ShardsConfig
 
-    params, settings = load_params(params_path), load_settings(settings_path)
+    params, settings = load_params(params_path, changes), load_settings(settings_path)
     if publish and runner == "docker":
         raise DiffstillError("--publish: containers of a local run have no network to a registry; run without it, then `diffstill publish`")
     executor = containers(image, user) if runner == "docker" else processes()
@@ -147,6 +148,7 @@ def with_submission(function: Callable[..., None]) -> Callable[..., None]:
     def command(
         settings: Settings,
         params_path: Path,
+        changes: Sequence[str],
         images_lock: Path,
         allow_tag: bool,
         allow_dirty: bool,
@@ -159,7 +161,7 @@ def with_submission(function: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         from pipelines.submission import prepare, refuse_dirty
 
-        params, images = load_params(params_path), load_images(images_lock, allow_tag=allow_tag)
+        params, images = load_params(params_path, changes), load_images(images_lock, allow_tag=allow_tag)
         if not allow_dirty:
             refuse_dirty()
         order = prepare(params, settings, images, name=name, caching=not no_cache, publish=not no_publish, allow_unpushed=allow_unpushed)

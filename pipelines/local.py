@@ -27,7 +27,8 @@ from components.images import TAGGED, Images
 from diffstill.artifacts import file_digest, refuse_foreign, refuse_overlap
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
-from diffstill.run import STAGES, fingerprint, score_names
+from diffstill.plan import STAGES, score_names
+from diffstill.run import fingerprint
 from diffstill.tracking import OFF, chain_name, tracking_uri
 from pipelines.distill import arguments, build
 from pipelines.settings import InfraConfig, Settings, ShardsConfig

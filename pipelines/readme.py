@@ -84,7 +84,7 @@ def _resources(resources: Resources) -> str:
 
 def _command(name: str, resources: Resources) -> str:
     """The stage's own command, in its image; paths lie in the current folder."""
-    from diffstill.run import STAGES
+    from diffstill.plan import STAGES
 
     if name == "preflight":
         return "docker run --rm diffstill:cpu diffstill doctor --disk 1 --environment HOME"

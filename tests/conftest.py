@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -9,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several test processes shar
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a suite that was started in the background; what it starts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ def _own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DIFFSTILL_WORK", str(tmp_path / "work"))
     for name in OUTSIDE:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_level() -> Iterator[None]:
+    """A command sets how much is said; the test after it must not hear more for that."""
+    logger = logging.getLogger("diffstill")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture

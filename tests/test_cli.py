@@ -4,11 +4,16 @@ import errno
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import requests
 from click.testing import CliRunner
 from PIL import Image
 from ruamel.yaml import YAML
@@ -17,7 +22,7 @@ import diffstill
 from chains import contents
 from diffstill.cli import main
 from diffstill.config import PRESETS, Params, json_schema, load_params, preset, render_params
-from diffstill.run import STAGES
+from diffstill.plan import STAGES
 
 IMAGES, GENERATOR, DISTILLED = ("--images", "artifacts/images"), ("--generator", "artifacts/generator"), ("--distilled", "artifacts/distilled")
 REAL = ("--scores", "artifacts/scores/real-convnet-2")
@@ -188,6 +193,22 @@ REFUSED = {
     "absent device": (nothing, (*SAMPLE, "--device", "cuda:99"), "--device 'cuda:99' is not here"),
     "device of another make": (nothing, (*SAMPLE, "--device", "meta"), "--device 'meta' is not here"),
     "summary of nothing": (nothing, ("summary", "--artifacts", "nowhere"), "nowhere/report: does not exist"),
+    "changed knob that is none": (nothing, ("run", "--set", "sample.guidence=3"), "`sample.guidence` is not a knob; did you mean `sample.guidance`?"),
+    "changed knob of the wrong type": (
+        nothing,
+        ("run", "--set", "sample.guidance=high"),
+        "--set: `sample.guidance` is 'high': Input should be a valid number",
+    ),
+    "change without a section": (nothing, ("run", "--set", "guidance=3"), "--set 'guidance=3': write <section>.<knob>=<value>"),
+    "change without a value": (nothing, (*SAMPLE, "--set", "sample.guidance"), "--set 'sample.guidance': write <section>.<knob>=<value>"),
+    "change of a group": (
+        nothing,
+        ("plan", "--set", "pretrain.vae={steps: 3}"),
+        "`pretrain.vae` is a group of knobs; set them one at a time, like pretrain.vae.",
+    ),
+    "change that is no YAML": (nothing, ("show", "--set", "finetune.seeds=[0, 1"), "--set 'finetune.seeds=[0, 1': not valid YAML"),
+    "change that does not fit the rest": (nothing, ("run", "--set", "sample.images_per_class=1"), "--set: `evaluate.images_per_class` asks for 2"),
+    "open of nothing": (nothing, ("open", "--artifacts", "nowhere"), "nowhere/report: does not exist"),
     "run with a bad knob": (setting(report={"shown": 3}), ("run",), "`report.shown` is not a knob"),
 }
 
@@ -236,7 +257,7 @@ def test_what_the_disk_refuses_is_the_users_to_mend(code, message, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("diffstill.cli.load_params", lambda _path: {}["gone"])
+    monkeypatch.setattr("diffstill.cli.load_params", lambda *_given: {}["gone"])
     assert isinstance(call("show").exception, KeyError)
 
 
@@ -311,7 +332,21 @@ def test_help_lists_every_command():
         assert f"  {name} " in stdout
         assert command.get_short_help_str()
     versions = {"list", "search", "card", "download", "export", "lineage", "compare", "reproduce", "promote", "deprecate", "gc"}
-    assert set(main.commands) == {*STAGES, *versions, "run", "merge", "summary", "show", "schema", "preset", "doctor", "completion"}
+    assert set(main.commands) == {
+        *STAGES,
+        *versions,
+        "run",
+        "plan",
+        "open",
+        "ui",
+        "merge",
+        "summary",
+        "show",
+        "schema",
+        "preset",
+        "doctor",
+        "completion",
+    }
 
 
 def test_version():
@@ -422,3 +457,123 @@ def test_doctor_names_what_a_run_would_lack(monkeypatch):
     assert "error: this machine lacks what the run needs: (1)" in lacking.stderr
     assert "ABSENT" in lacking.stderr
     assert "sentinel" not in fine.output + lacking.output
+
+
+# --- one knob otherwise, and what would run -----------------------------------------------------------------------
+
+
+def runs(*arguments) -> dict[str, str | None]:
+    """Why each step would run."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    steps = json.loads(result.stdout)
+    assert all(step["runs"] == (step["why"] is not None) for step in steps)
+    return {step["step"]: step["why"] for step in steps}
+
+
+def test_a_change_is_typed_and_the_last_one_holds(project):
+    changes = ("--set", "sample.guidance=9", "--set", "sample.guidance=2", "--set", "prepare.classes=['1', '2']", "--set", "pretrain.vae.steps=7")
+    shown = json.loads(call("show", "--json", *changes).stdout)
+    assert (shown["sample"]["guidance"], shown["prepare"]["classes"], shown["pretrain"]["vae"]["steps"]) == (2.0, ["1", "2"], 7)
+    assert (project / "params.yaml").read_text() == render_params(preset("tiny")), "the file stays as it was"
+
+
+def test_a_plan_says_what_would_run_and_why_and_the_run_does_that(project):
+    assert set(runs("plan").values()) == {None}
+    change = ("--set", "sample.guidance=1.75")
+    plan = runs("plan", *change)
+    assert {name for name, why in plan.items() if why} == {
+        "sample",
+        "sample-untuned",
+        "evaluate@distilled-convnet-2",
+        "evaluate@untuned-convnet-2",
+        "report",
+    }
+    assert plan["sample"] == plan["sample-untuned"] == "sample.guidance 1.5 -> 1.75"
+    assert plan["evaluate@distilled-convnet-2"] == "after sample"
+    assert plan["report"] == "after sample, sample-untuned, evaluate@distilled-convnet-2 and 1 more"
+    before = contents(project / "artifacts")
+    assert runs("run", "--dry-run", *change) == plan
+    assert contents(project / "artifacts") == before
+    result = call("run", *change)
+    assert result.exit_code == 0, result.output
+    assert "5 of 10 steps to run" in result.stderr
+    assert set(runs("plan", *change).values()) == {None}
+    assert json.loads((project / "artifacts" / "distilled" / "manifest.json").read_text())["config"]["guidance"] == 1.75
+    assert runs("plan")["sample"] == "sample.guidance 1.75 -> 1.5"
+
+
+def test_a_plan_tells_an_input_that_was_changed(project):
+    shutil.rmtree(project / "artifacts" / "images")
+    assert call("prepare", "--images", "artifacts/images", "--set", "prepare.val_fraction=0.3").exit_code == 0
+    plan = runs("plan", "--set", "prepare.val_fraction=0.3")
+    assert (plan["prepare"], plan["pretrain"], plan["finetune"]) == (None, "input images changed", "after encode, pretrain")
+    assert runs("plan")["prepare"] == "prepare.val_fraction 0.3 -> 0.1"
+
+
+def test_a_plan_of_nothing_makes_nothing(here):
+    (here / "params.yaml").write_text(render_params(preset("tiny")))
+    assert set(runs("plan").values()) == {"not made yet"}
+    assert [path.name for path in here.iterdir()] == ["params.yaml"]
+
+
+def test_the_summary_as_json_has_the_numbers_of_the_table(project):
+    plain = json.loads(call("summary", "--json").stdout)
+    table = call("summary").stdout
+    for row in plain["accuracy"]:
+        assert f"{100 * row['mean']:.1f}" in table
+    assert {row["source"] for row in plain["accuracy"]} == {"random", "untuned", "distilled", "full"}
+    assert Path(plain["report"]).is_file()
+    assert [Path(folder).is_dir() for folder in plain["distilled"].values()] == [True, True]
+
+
+def test_open_opens_the_report(project, monkeypatch):
+    opened = []
+    monkeypatch.setattr("click.launch", opened.append)
+    result = call("open")
+    assert opened == [(project / "artifacts" / "report" / "report.html").as_uri()]
+    assert result.stdout.strip() == str(project / "artifacts" / "report" / "report.html")
+
+
+def test_ui_needs_a_store_and_leads_to_a_server(here, monkeypatch):
+    opened = []
+    monkeypatch.setattr("click.launch", opened.append)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    refused = call("ui")
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: MLFLOW_TRACKING_URI is none, so nothing is tracked; unset it, or name a store or server\n",
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
+    shown = call("ui")
+    assert "mlflow.example" in shown.stdout
+    assert "secret" not in shown.stdout
+    assert opened == ["https://me:secret@mlflow.example"]
+
+
+@pytest.mark.slow
+def test_ui_serves_the_store_of_the_environment(here, monkeypatch):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    script = Path(sys.executable).with_name("diffstill")
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{here / 'kept.db'}"}
+    with subprocess.Popen(
+        [script, "ui", "--port", str(port)], cwd=here, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            answer = requests.get(f"http://127.0.0.1:{port}/health", timeout=10) if _listens(port) else None
+        finally:
+            os.kill(server.pid, signal.SIGINT)
+            server.wait(60)
+    assert answer is not None
+    assert answer.ok
+    assert (here / "kept.db").is_file()
+
+
+def _listens(port: int) -> bool:
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.1)
+    return False

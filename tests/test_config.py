@@ -119,7 +119,7 @@ def test_canonical_text_tells_settings_apart_and_ignores_how_they_were_written(t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sample: {guidanse: 2}", "`sample.guidanse` is not a knob; remove it or mend its name"),
+        ("sample: {guidanse: 2}", "`sample.guidanse` is not a knob; did you mean `sample.guidance`? remove it or mend its name"),
         ("samples: {}", "`samples` is not a knob"),
         ("pretrain: {vae: {channelz: [8]}}", "`pretrain.vae.channelz` is not a knob"),
         ("prepare: {side: x}", "`prepare.side` is 'x': Input should be a valid integer"),

@@ -12,7 +12,7 @@ import pytest
 
 from chains import contents
 from diffstill.config import load_params, preset, render_params
-from diffstill.run import chain
+from diffstill.plan import chain
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_had_is_one_message(tiny_chain: Chain, tmp_path: Path, lo
 )
 def test_a_hub_that_is_away_may_be_asked_again(status: int | None, kind: type[DiffstillError]) -> None:
     """Its client says of both that a file is not here."""
-    cause = references.HUB_FAILURE("no route to host")
+    cause = references.hub_failure()("no route to host")
     if status:
         cause.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
     with pytest.raises(DiffstillError) as caught, references._hub_errors(HubReference("someone/DiT-tiny", "main")):

@@ -11,7 +11,7 @@ from diffstill.artifacts import ANCESTORS, Artifact, new_artifact, open_artifact
 from diffstill.config import PrepareConfig, PublishConfig, ReportConfig, SampleConfig
 from diffstill.errors import DiffstillError
 from diffstill.lineage import SECTIONS, Lineage
-from diffstill.run import STAGES, chain
+from diffstill.plan import STAGES, chain
 from experiments import Experiment, all_lines, make_experiment, write_sampled
 
 

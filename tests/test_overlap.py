@@ -17,7 +17,8 @@ from diffstill import cli
 from diffstill.artifacts import new_artifact, open_artifact, refuse_overlap
 from diffstill.config import Params, PretrainConfig, ReportConfig, preset
 from diffstill.errors import DiffstillError
-from diffstill.run import STAGES, run_stage
+from diffstill.plan import STAGES
+from diffstill.run import run_stage
 from experiments import Experiment, all_lines, make_experiment
 from pipelines import __main__ as pipelines
 from pipelines.local import processes, run_local

@@ -16,8 +16,9 @@ from chains import Chain, contents
 from diffstill.artifacts import ANCESTORS, MANIFEST, open_artifact
 from diffstill.config import Params, preset, render_params
 from diffstill.errors import DiffstillError
+from diffstill.plan import STAGES, chain, score_names
 from diffstill.record import ignore
-from diffstill.run import STAGES, Listener, _is_current, _log_costs, chain, run_chain, run_stage, score_names
+from diffstill.run import Listener, _log_costs, _why, run_chain, run_stage
 
 DISTILLED = {"sample", "sample-untuned", "evaluate@distilled-convnet-2", "evaluate@untuned-convnet-2", "report"}
 """What depends on how images are sampled: not the real baselines."""
@@ -237,7 +238,7 @@ def test_a_folder_that_changed_outside_is_noticed(tmp_path, monkeypatch, caplog)
     step = chain(params)[0]
     run_stage("prepare", params.prepare, {"images": tmp_path / "images"})
     before = contents(tmp_path / "images")
-    assert not _is_current(step, params, tmp_path)
+    assert _why(step, params, tmp_path) == "`prepare.location`: other files than those it was made from"
     run_stage("prepare", params.prepare, {"images": tmp_path / "images"})
     assert contents(tmp_path / "images") == before
     Image.new("L", (8, 8), 90).save(tmp_path / "data" / "train" / "dark" / "9.png")

@@ -158,7 +158,7 @@ def test_a_real_stage_logs_its_knobs_metrics_and_pictures(runs, tiny_chain: Chai
 
 def test_the_report_of_a_chain_is_logged(runs, tiny_chain: Chain, tmp_path):
     """With its page and figures; every number of metrics.json has a name that MLflow takes."""
-    from diffstill.run import STAGES, score_names
+    from diffstill.plan import STAGES, score_names
 
     here = tiny_chain.artifacts
     paths = {name: here / name for name in STAGES["report"].inputs}

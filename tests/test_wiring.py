@@ -16,9 +16,9 @@ import diffstill
 from diffstill.artifacts import Kind
 from diffstill.cli import FLAGS, PATHS, SUMMARIES, main
 from diffstill.config import PRESETS, EvaluateConfig, Params, preset
+from diffstill.plan import STAGES, chain
 from diffstill.record import Record, ignore
 from diffstill.reproduce import reproduce
-from diffstill.run import STAGES, chain
 from diffstill.stages.publish import Registry
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_the_subcommand_has_the_same_interface(name):
     more = (
         {*stage.options, *stage.flags, *stage.outside} | ({"device"} if stage.on_device else set()) | ({"shard", "parts"} if stage.sharded else set())
     )
-    assert set(options) == paths | more | {"step", "params_path"}
+    assert set(options) == paths | more | {"step", "params_path", "changes"}
     required = set() if stage.registers else paths - set(stage.optional)
     assert {given for given, option in options.items() if option.required} == required
     assert set(stage.flags) <= set(FLAGS)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
-from rich.filesize import decimal
-from rich.markdown import Markdown
-from rich.table import Table
 
-from diffstill.artifacts import Kind, read_manifest, refuse_overlap
 from diffstill.config import load_params
 from diffstill.errors import DiffstillError
+
+if TYPE_CHECKING:
+    from diffstill.artifacts import Kind
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 REF = click.argument("ref")
@@ -31,8 +29,23 @@ GARBAGE = ("what", "files", "size", "idle", "why")
 HEADS = ("version", "aliases", "IPC", "classes", "size", "val", "gain on val", "published")
 
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any] | click.Command)
+
+
+def params_option(command: Decorated) -> Decorated:
+    """The file of the knobs, and changes to it."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    command = click.option(
+        "--set", "changes", multiple=True, metavar="KNOB=VALUE", help="Another value of a knob, like sample.guidance=2. May be repeated."
+    )(command)
+    return click.option("--params", "params_path", type=path, default=Path("params.yaml"), show_default=True, help="The knobs.")(command)
+
+
 def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """One line per row, however narrow the terminal: names and digests are there to be copied."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for head in heads:
         table.add_column(head, no_wrap=True)
@@ -112,6 +125,9 @@ def _row(version: Any) -> Sequence[str]:
 @click.option("--raw", is_flag=True, help="Markdown as it is.")
 def card(ref: str, raw: bool) -> None:
     """Print the card of a published set."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     from diffstill.registry import find
 
     text = (find(ref).folder("card") / "card.md").read_text(encoding="utf-8")
@@ -143,6 +159,8 @@ def download(ref: str, output: Path | None, everything: bool) -> None:
 
 def place_copy(source: Path, target: Path, kind: Kind) -> None:
     """Copy an artifact, whole or not at all; nothing is done if it is there. Raises `DiffstillError` if something else is."""
+    from diffstill.artifacts import read_manifest, refuse_overlap
+
     if target.exists():
         if read_manifest(target, kind).digest != read_manifest(source, kind).digest:
             raise DiffstillError(f"{target}: holds another `{kind}` artifact; remove it, or choose another --output")
@@ -217,6 +235,8 @@ def compare(first: str, second: str, output: Path) -> None:
     from diffstill.registry import find
 
     pair = find(first), find(second)
+    from diffstill.artifacts import refuse_overlap
+
     refuse_overlap(output, {one.ref: one.folder() for one in pair})
     found = comparing.compare(*pair)
     if not output.parent.is_dir():
@@ -290,9 +310,7 @@ def _aliases(registry: Any, name: str) -> str:
 @click.option("--work", is_flag=True, help="What killed stages left and nobody goes on with.")
 @click.option("--older-than", default="7d", show_default=True, metavar="TIME", help="What was not written or used for so long: 7d, 36h.")
 @click.option("--registry", "named", multiple=True, metavar="URI", help="Another MLflow with versions in the store. May be repeated.")
-@click.option(
-    "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
-)
+@params_option
 @click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Artifacts of the chain: only drafts beside them go.")
 @click.option("--delete", is_flag=True, help="Remove it. Without this nothing is changed.")
 @AS_JSON
@@ -305,6 +323,7 @@ def gc(
     older_than: str,
     named: tuple[str, ...],
     params_path: Path,
+    changes: Sequence[str],
     artifacts: Path,
     delete: bool,
     as_json: bool,
@@ -319,7 +338,7 @@ def gc(
 
     grace, everything = collecting.idle_time(older_than), not (store or cache or work)
     explicit = ctx.get_parameter_source("params_path") is ParameterSource.COMMANDLINE
-    params = load_params(params_path) if explicit or params_path.is_file() else None
+    params = load_params(params_path, changes) if explicit or changes or params_path.is_file() else None
     place = store or (params.publish.store if params and everything else None)
     if named and not place:
         raise DiffstillError("--registry says where versions of a store are looked up; give the store with --store, too")
@@ -337,6 +356,8 @@ def gc(
 
 def _print_garbage(survey: Any, outcomes: Any, asked: Sequence[Any], delete: bool, as_json: bool) -> None:
     """What was found, and what came of it; those that were not come to have no outcome."""
+    from rich.filesize import decimal
+
     from diffstill import gc as collecting
 
     spared = {one: f"spared, it {reason}" if reason else "removed" for one, reason in outcomes.items()}

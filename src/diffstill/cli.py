@@ -7,21 +7,21 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from diffstill import __version__, catalogue
-from diffstill.catalogue import FOLDER
+from diffstill.catalogue import AS_JSON, FOLDER, Decorated, params_option
 from diffstill.commands import Group, Refusal
 from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, read_json, render_params
-from diffstill.errors import DiffstillError
+from diffstill.errors import DiffstillError, without_secrets
 
 if TYPE_CHECKING:
-    from diffstill.run import Stage
+    from diffstill.plan import Stage, Step
 
 SUMMARIES = {
     "prepare": "Read, check, crop and split the real images.",
@@ -67,7 +67,6 @@ class Place(click.ParamType[Any]):
 
 PLACE = Place()
 ANY_PLACE = Place(click.Path(path_type=Path))
-Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 
 
 class Sections(Group):
@@ -101,20 +100,17 @@ def log_to_terminal(level: int) -> None:
     logging.getLogger("diffstill").setLevel(level)
 
 
-def params_option(command: Command) -> Command:
-    """The file of the knobs."""
-    return click.option(
-        "--params", "params_path", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="The knobs."
-    )(command)
-
-
-def _device_option(command: Command) -> Command:
+def _device_option(command: Decorated) -> Decorated:
     return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:<n>, or auto: cuda where there is one.")(command)
+
+
+def _artifacts_option(command: Decorated) -> Decorated:
+    return click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")(command)
 
 
 def _stage_command(name: str) -> click.Command:
     """A subcommand from a stage's interface; its help lists the stage's knobs."""
-    from diffstill.run import STAGES
+    from diffstill.plan import STAGES
 
     stage = STAGES[name]
     options: list[click.Parameter] = [_place(stage, given, PATHS[given]) for given in stage.inputs]
@@ -132,10 +128,11 @@ def _stage_command(name: str) -> click.Command:
     options.append(_place(stage, stage.output, f"output: {PATHS[stage.output]}"))
     options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
 
-    def callback(params_path: Path, step: str, device: str = "auto", **given: Any) -> None:
-        from diffstill.run import resolve_device, run_stage, score_names
+    def callback(params_path: Path, changes: Sequence[str], step: str, device: str = "auto", **given: Any) -> None:
+        from diffstill.plan import score_names
+        from diffstill.run import resolve_device, run_stage
 
-        params = load_params(params_path)
+        params = load_params(params_path, changes)
         if stage.many:
             given["scores"] = [given["scores"] / Path(name).relative_to("scores") for name in score_names(params.evaluate.students)]
         options = {option: given.pop(option) for option in (*stage.options, *stage.flags, *(["shard"] if stage.sharded else []))}
@@ -175,14 +172,44 @@ for _command in catalogue.COMMANDS:
 
 @main.command()
 @params_option
-@click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")
+@_artifacts_option
 @_device_option
-def run(params_path: Path, artifacts: Path, device: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Only say what would run and why, as `diffstill plan` does.")
+@AS_JSON
+def run(params_path: Path, changes: Sequence[str], artifacts: Path, device: str, dry_run: bool, as_json: bool) -> None:
     """Run the whole chain; steps whose artifact is up to date are left alone."""
-    from diffstill.run import resolve_device, run_chain
+    from diffstill.run import planned, run_chain
 
-    run_chain(load_params(params_path), artifacts, resolve_device(device))
-    _summarise(artifacts)
+    params = load_params(params_path, changes)
+    steps = planned(params, artifacts)
+    if dry_run:
+        _print_plan(steps, as_json=as_json)
+        return
+    if not click.get_current_context().find_root().params["quiet"] and any(reason for _, reason in steps):
+        _print_plan(steps, err=True)
+    run_chain(params, artifacts, device)
+    _summarise(artifacts, as_json)
+
+
+@main.command()
+@params_option
+@_artifacts_option
+@AS_JSON
+def plan(params_path: Path, changes: Sequence[str], artifacts: Path, as_json: bool) -> None:
+    """Say which steps `diffstill run` would run, and why; nothing is computed."""
+    from diffstill.run import planned
+
+    _print_plan(planned(load_params(params_path, changes), artifacts), as_json=as_json)
+
+
+def _print_plan(steps: Sequence[tuple[Step, str | None]], *, as_json: bool = False, err: bool = False) -> None:
+    if as_json:
+        click.echo(json.dumps([{"step": step.name, "runs": reason is not None, "why": reason} for step, reason in steps], indent=1))
+        return
+    width = max(len(step.name) for step, _ in steps)
+    for step, reason in steps:
+        click.echo(f"{step.name:{width}}  {f'runs: {reason}' if reason else 'up to date'}", err=err)
+    click.echo(f"{sum(reason is not None for _, reason in steps)} of {len(steps)} steps to run", err=err)
 
 
 @main.command()
@@ -199,24 +226,56 @@ def merge(generator: Path, denoiser: Path, seed: int | None, output: Path) -> No
 
 
 @main.command()
-@click.option("--artifacts", type=FOLDER, default=Path("artifacts"), show_default=True, help="Folder of all artifacts.")
-def summary(artifacts: Path) -> None:
+@_artifacts_option
+@AS_JSON
+def summary(artifacts: Path, as_json: bool) -> None:
     """Print the table of a finished chain, and where to look."""
-    _summarise(artifacts)
+    _summarise(artifacts, as_json)
 
 
-def _summarise(artifacts: Path) -> None:
-    from diffstill.summary import print_summary
+@main.command("open")
+@_artifacts_option
+def open_report(artifacts: Path) -> None:
+    """Open the report of a finished chain in the browser; where there is none, print its path."""
+    from diffstill.artifacts import open_artifact
 
-    print_summary(artifacts)
+    page = (open_artifact(artifacts / "report", "report").folder / "report.html").absolute()
+    click.echo(page)
+    click.launch(page.as_uri())
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True, help="Where the server listens, on this machine alone.")
+def ui(port: int) -> None:
+    """Browse runs and versions: start MLflow's server on the store that the environment names, or say where it runs."""
+    from diffstill.tracking import OFF, tracking_uri
+
+    address = tracking_uri()
+    if address == OFF:
+        raise DiffstillError(f"MLFLOW_TRACKING_URI is {OFF}, so nothing is tracked; unset it, or name a store or server")
+    if address.startswith(("http://", "https://")):
+        click.echo(without_secrets(address))
+        click.launch(address)
+        return
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address, "--port", str(port)]
+    os.execv(sys.executable, command)  # noqa: S606  (its output and Ctrl-C are the server's)
+
+
+def _summarise(artifacts: Path, as_json: bool) -> None:
+    from diffstill.summary import plain, print_summary
+
+    if as_json:
+        click.echo(json.dumps(plain(artifacts), indent=1))
+    else:
+        print_summary(artifacts)
 
 
 @main.command()
 @params_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(params_path: Path, as_json: bool) -> None:
+@AS_JSON
+def show(params_path: Path, changes: Sequence[str], as_json: bool) -> None:
     """Print the resolved configuration."""
-    params = load_params(params_path)
+    params = load_params(params_path, changes)
     click.echo(json.dumps(params.model_dump(mode="json"), indent=2) if as_json else render_params(params), nl=as_json)
 
 

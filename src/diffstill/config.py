@@ -5,12 +5,13 @@ The defaults are the `digits` preset; the other presets are the differences in `
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -527,9 +528,34 @@ def preset(name: str) -> Params:
     return Params.model_validate_json(json.dumps(PRESETS[name]))
 
 
-def load_params(path: Path) -> Params:
-    """Read `params.yaml`. Raises `DiffstillError` naming every wrong knob, its value and the rule."""
-    return read_yaml(path, Params, "write one with `diffstill preset digits`")
+def load_params(path: Path, changes: Sequence[str] = ()) -> Params:
+    """Read `params.yaml`, with `changes` to it, like `sample.guidance=2`. Raises `DiffstillError` naming every wrong knob, its value and the rule."""
+    params = read_yaml(path, Params, "write one with `diffstill preset digits`")
+    if not changes:
+        return params
+    values = params.plain()
+    for change in changes:
+        _change(values, change)
+    try:
+        return read_json(json.dumps(values), Params)
+    except DiffstillError as error:
+        raise DiffstillError(f"--set: {error}") from error
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    """Set one knob of `values`, given as on the command line. The value is YAML, as in the file; the last of several for one knob holds."""
+    knob, equals, text = change.partition("=")
+    names = knob.split(".")
+    if not equals or len(names) < 2 or not all(names):
+        raise DiffstillError(f"--set {change!r}: write <section>.<knob>=<value>, like sample.guidance=2")
+    section: Any = values
+    for name in names[:-1]:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or names[-1] not in section:
+        raise DiffstillError(f"--set {change!r}: {_unknown(knob, Params)}")
+    if within := [one for one in _knobs(Params) if one.startswith(f"{knob}.")]:
+        raise DiffstillError(f"--set {change!r}: `{knob}` is a group of knobs; set them one at a time, like {within[0]}=...")
+    section[names[-1]] = _parsed(text, f"--set {change!r}")
 
 
 def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
@@ -538,14 +564,11 @@ def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
         raise DiffstillError(f"{path}: no such file; {advice}")
     if (size := path.stat().st_size) > LONGEST_YAML:
         raise DiffstillError(f"{path}: has {size:,} bytes, above the {LONGEST_YAML:,} that are read; {advice}")
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _WithoutAliases
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"))
-    except _AliasError as error:
-        raise DiffstillError(f"{path}: {_first_problem(error)}; write the value out in each place") from error
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise DiffstillError(f"{path}: not valid YAML ({_first_problem(error)})") from error
+    values = _parsed(text, str(path))
     if not isinstance(values, dict | None):
         raise DiffstillError(f"{path}: holds {values!r:.40} where sections are expected ({', '.join(model.model_fields)}); {advice}")
     try:
@@ -554,6 +577,18 @@ def read_yaml(path: Path, model: type[SectionType], advice: str) -> SectionType:
         raise DiffstillError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
         raise DiffstillError(f"{path}: holds a value that is no number, text, list or mapping ({error})") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    """What a text of YAML says. Raises `DiffstillError` that begins with `where`."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _WithoutAliases
+    try:
+        return yaml.load(text)
+    except _AliasError as error:
+        raise DiffstillError(f"{where}: {_first_problem(error)}; write the value out in each place") from error
+    except (YAMLError, RecursionError) as error:
+        raise DiffstillError(f"{where}: not valid YAML ({_first_problem(error)})") from error
 
 
 class _AliasError(ComposerError):
@@ -576,7 +611,7 @@ def read_json(text: str, model: type[SectionType]) -> SectionType:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise DiffstillError(_explain(error)) from error
+        raise DiffstillError(_explain(error, model)) from error
 
 
 def _first_problem(error: Exception) -> str:
@@ -586,7 +621,7 @@ def _first_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line per wrong knob, in plain words."""
     lines: list[str] = []
     unquoted: dict[str, list[Any]] = {}
@@ -597,7 +632,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "string_type" and isinstance(item["input"], int | float):
             unquoted.setdefault(_knob(item["loc"][:-1]) if isinstance(item["loc"][-1], int) else knob, []).append(item["input"])
         elif item["type"] == "extra_forbidden":
-            lines.append(f"`{knob}` is not a knob; remove it or mend its name (`diffstill show` lists all)")
+            lines.append(_unknown(knob, model))
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(
@@ -609,6 +644,23 @@ def _explain(error: ValidationError) -> str:
         shown, several = ", ".join(map(json.dumps, values)), len(values) > 1
         lines.append(f"`{knob}` has {shown} where text is expected; put {'them' if several else 'it'} in quotes")
     return "; ".join(lines)
+
+
+def _unknown(knob: str, model: type[BaseModel]) -> str:
+    """What to say of a name that no knob has, with the one that may be meant."""
+    near = difflib.get_close_matches(knob, [*model.model_fields, *_knobs(model)], n=1, cutoff=0.75)
+    meant = f"did you mean `{near[0]}`? " if near else ""
+    return f"`{knob}` is not a knob; {meant}remove it or mend its name (`diffstill show` lists all)"
+
+
+def _knobs(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The full names of all knobs below a section."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _knobs(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _knob(loc: tuple[int | str, ...]) -> str:

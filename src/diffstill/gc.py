@@ -29,9 +29,9 @@ from diffstill.artifacts import MANIFEST, Kind, Manifest, WorkFolder, cache_fold
 from diffstill.config import Params
 from diffstill.errors import DiffstillError
 from diffstill.html import plural
+from diffstill.plan import STAGES, Step, chain
 from diffstill.record import Record, ignore
 from diffstill.registry import STORED, Registry
-from diffstill.run import STAGES, Step, chain
 from diffstill.tracking import OFF, registry_uri
 
 SHORTEST = timedelta(hours=1)

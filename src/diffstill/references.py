@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from diffstill import storage
 from diffstill.artifacts import file_digest, is_sealed, seal
 from diffstill.errors import DiffstillError, TransientError, without_secrets
@@ -92,8 +89,6 @@ class Fetched:
 
 
 Reference = DvcReference | S3Reference | HubReference
-HUB_FAILURE: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the hub's client raises on any failure to talk to it: that of its HTTP library, whichever it is."""
 HUB_FORM = "hf://<owner>/<repository>@<branch, tag or commit>"
 AUTOENCODERS = {name: f"hf://stabilityai/sd-vae-ft-{name}@main" for name in ("ema", "mse")}
 WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.md")
@@ -165,6 +160,8 @@ def _parse_hub(location: str) -> HubReference:
 
 
 def _pin_hub(reference: HubReference) -> HubReference:
+    from huggingface_hub import HfApi
+
     with _hub_errors(reference):
         commit = HfApi().model_info(reference.repository, revision=reference.revision).sha
     return replace(reference, revision=str(commit))
@@ -172,6 +169,8 @@ def _pin_hub(reference: HubReference) -> HubReference:
 
 def _fetch_hub(reference: HubReference, cache: Path) -> Fetched:
     """With the hub's own client, which goes on where it was cut off, shows progress and verifies sizes; token from HF_TOKEN."""
+    from huggingface_hub import snapshot_download
+
     pinned = reference if re.fullmatch("[0-9a-f]{40}", reference.revision) else _pin_hub(reference)
     fetched = partial(snapshot_download, pinned.repository, revision=pinned.revision, cache_dir=cache / "hub", allow_patterns=list(WEIGHTS))
     with _hub_errors(pinned):
@@ -198,11 +197,20 @@ def _is_its_blob(path: Path) -> bool:
     return True
 
 
+def hub_failure() -> type[Exception]:
+    """What the hub's client raises on any failure to talk to it: that of its HTTP library, whichever it is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
 @contextmanager
 def _hub_errors(reference: HubReference) -> Iterator[None]:
+    from huggingface_hub.errors import HFValidationError
+
     try:
         yield
-    except (HUB_FAILURE, HFValidationError, OSError) as error:
+    except (hub_failure(), HFValidationError, OSError) as error:
         raise (TransientError if _hub_passes(error) else DiffstillError)(
             f"{reference}: cannot be had from the hub ({_reason(error)}); check name and revision, HF_TOKEN if the repository wants one, HF_ENDPOINT"
         ) from error
@@ -210,7 +218,7 @@ def _hub_errors(reference: HubReference) -> Iterator[None]:
 
 def _hub_passes(error: BaseException) -> bool:
     """Whether the hub is away or overloaded; its client hides that behind what it lacks for it."""
-    if isinstance(error, HUB_FAILURE):
+    if isinstance(error, hub_failure()):
         answer = getattr(error, "response", None)
         return answer is None or answer.status_code >= 500 or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS
     return error.__cause__ is not None and _hub_passes(error.__cause__)

@@ -29,13 +29,14 @@ from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import Lineage
 from diffstill.names import is_name
 from diffstill.record import Record, ignore
-from diffstill.scores import Gain, gain
-from diffstill.stages.publish import Release
 from diffstill.tracking import OFF, StageRun, answering, connect, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+    from diffstill.scores import Gain
+    from diffstill.stages.publish import Release
 
 log = logging.getLogger("diffstill")
 NEWEST = "newest"
@@ -435,6 +436,8 @@ def elect(versions: Sequence[Version]) -> dict[str, int]:
 
 def _over(one: Version, holder: Version, size: int) -> Gain:
     """What `one` gains over `holder` on val: paired where both were drawn with the same generation seeds, and so from the same noise."""
+    from diffstill.scores import gain
+
     ours, theirs = one.validations()[size], holder.validations()[size]
     seeds = one.tags.get("seeds"), holder.tags.get("seeds")
     return gain(ours, theirs, paired=seeds[0] is not None and seeds[0] == seeds[1] and len(ours) == len(theirs))

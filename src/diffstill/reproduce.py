@@ -26,9 +26,10 @@ from diffstill.environment import code_commit, environment, is_commit
 from diffstill.errors import DiffstillError, without_secrets
 from diffstill.lineage import SECTIONS, Ancestor, Lineage
 from diffstill.pictures import read_png
+from diffstill.plan import STAGES
 from diffstill.references import fetch, parse
 from diffstill.registry import Found
-from diffstill.run import STAGES, Listener
+from diffstill.run import Listener
 
 log = logging.getLogger("diffstill")
 

@@ -1,4 +1,4 @@
-"""Where a stage meets the world: its paths, progress bars, tracking. And the chain: which step feeds which."""
+"""Where a stage meets the world: its paths, progress bars, tracking. And the chain, step by step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from diffstill.commands import keeping
 from diffstill.config import SPLITS, Params, Section
 from diffstill.environment import rank_here
 from diffstill.errors import DiffstillError
+from diffstill.plan import STAGES, Stage, Step, chain
 from diffstill.record import Progress, ignore
 from diffstill.references import S3Reference, fetch, listing_digest, parse, pin
 from diffstill.registry import Registry, bring
@@ -34,82 +34,8 @@ from diffstill.tracking import StageRun, stage_run
 log = logging.getLogger("diffstill")
 SHOWN = 8
 """A stage with more metrics than this does not list them on the terminal; all are in the side log and in MLflow."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The interface of a stage: the artifacts it takes and the one it makes, by parameter name."""
-
-    output: Any
-    inputs: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    many: tuple[str, ...] = ()
-    outside: Mapping[str, str] = field(default_factory=dict)
-    """Folders that are no artifacts of ours: where given, each stands for the place that a field of the configuration names."""
-    options: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    on_device: bool = True
-    sharded: bool = False
-    """Whether the work can be cut: `shard` makes a share of it, `parts` gathers all shares."""
-    in_ranks: bool = False
-    """Whether `torchrun` may start it in several processes, of which the first one writes."""
-    registers: bool = False
-    """Whether it is given the registry of versions. Its effect is outside, so it is no step of a chain."""
-
-
-STAGES: Mapping[str, Stage] = {
-    "prepare": Stage("images", outside={"data": "location"}, on_device=False),
-    "pretrain": Stage("generator", inputs=("images",), outside={"weights": "location", "autoencoder": "autoencoder"}),
-    "encode": Stage("latents", inputs=("images", "generator"), sharded=True),
-    "finetune": Stage("denoiser", inputs=("latents", "generator"), in_ranks=True),
-    "sample": Stage("distilled", inputs=("generator",), optional=("denoiser",), sharded=True),
-    "evaluate": Stage("scores", inputs=("images",), optional=("distilled",), options=("student",)),
-    "report": Stage("report", inputs=("images", "denoiser", "distilled", "untuned"), many=("scores",), on_device=False),
-    "publish": Stage("card", inputs=("distilled", "report"), flags=("force",), on_device=False, registers=True),
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One run of a stage in the chain: `paths` are folder names under the artifact root."""
-
-    name: str
-    stage: str
-    paths: Mapping[str, str | tuple[str, ...]]
-    student: str | None = None
-
-    def output(self, root: Path) -> Path:
-        """Where this step writes."""
-        return root / str(self.paths[STAGES[self.stage].output])
-
-
-def chain(params: Params) -> list[Step]:
-    """The steps of the whole chain in order, as dvc.yaml has them too."""
-    students = params.evaluate.students
-    judged = [(source, student) for source in ("distilled", "untuned") for student in students]
-    return [
-        Step("prepare", "prepare", {"images": "images"}),
-        *(  # first, so that a baseline that cannot be drawn is known before the long stages
-            Step(f"evaluate-real@{student}", "evaluate", {"images": "images", "scores": f"scores/real-{student}"}, student) for student in students
-        ),
-        Step("pretrain", "pretrain", {"images": "images", "generator": "generator"}),
-        Step("encode", "encode", {"images": "images", "generator": "generator", "latents": "latents"}),
-        Step("finetune", "finetune", {"latents": "latents", "generator": "generator", "denoiser": "denoiser"}),
-        Step("sample", "sample", {"generator": "generator", "denoiser": "denoiser", "distilled": "distilled"}),
-        Step("sample-untuned", "sample", {"generator": "generator", "distilled": "untuned"}),
-        *(
-            Step(
-                f"evaluate@{source}-{student}", "evaluate", {"images": "images", "distilled": source, "scores": f"scores/{source}-{student}"}, student
-            )
-            for source, student in judged
-        ),
-        Step("report", "report", {**{name: name for name in STAGES["report"].inputs}, "scores": tuple(score_names(students)), "report": "report"}),
-    ]
-
-
-def score_names(students: Sequence[str]) -> list[str]:
-    """The folders of scores that a report gathers."""
-    return [f"scores/{source}-{student}" for source in ("distilled", "untuned", "real") for student in students]
+SHOWN_CAUSES = 3
+"""Settings, or earlier steps, that a plan names of those that a step has to run for."""
 
 
 class Listener:
@@ -317,48 +243,113 @@ def _number(step: str, name: str, value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
-    """Run every step of the chain whose artifact is missing or was made from other settings or inputs."""
+def planned(params: Params, root: Path) -> list[tuple[Step, str | None]]:
+    """Every step of the chain, and why it would run; None for those that are up to date.
+
+    By what artifacts say of themselves: that no file of theirs is damaged is seen when the chain runs, and a step may turn out to be
+    up to date after all, where one before it makes the same bytes anew.
+    """
+    _refuse_part(params)
+    steps: list[tuple[Step, str | None]] = []
+    anew: dict[str, str] = {}
+    for step in chain(params):
+        output = STAGES[step.stage].output
+        taken = [one for name, where in step.paths.items() if name != output for one in ([where] if isinstance(where, str) else where)]
+        makers = list(dict.fromkeys(anew[one] for one in taken if one in anew))
+        reason = _why(step, params, root, made_anew=makers)
+        if reason:
+            anew[str(step.paths[output])] = step.name
+        steps.append((step, reason))
+    return steps
+
+
+def _refuse_part(params: Params) -> None:
     if params.sample.classes is not None:
         raise DiffstillError(
             "`sample.classes` is for `diffstill sample` alone, a whole chain judges all classes; set it to null, or use `prepare.classes`"
         )
-    from diffstill.students import refuse_unknown
 
-    for student in params.evaluate.students:  # all of them, before the first is trained
-        refuse_unknown(student)
+
+def run_chain(params: Params, root: Path, device: str = "cpu") -> None:
+    """Run every step of the chain whose artifact is missing or was made from other settings or inputs.
+
+    `device` is looked for, and students are looked up, before the first step that has work: where none has, torch is not loaded.
+    """
+    _refuse_part(params)
+    ready = cache(partial(_ready, params, device))
+    if device not in ("auto", "cpu", "cuda"):  # a name that may be mistyped
+        ready()
     for step in chain(params):
-        if _is_current(step, params, root):
+        if (reason := _why(step, params, root, verified=True)) is None:
             log.info("%s is up to date", step.name)
             continue
+        log.debug("%s runs: %s", step.name, reason)
         output = STAGES[step.stage].output
         paths = {name: [root / one for one in where] if isinstance(where, tuple) else root / where for name, where in step.paths.items()}
         options = {"student": step.student} if step.student else {}
         outside = _outside(STAGES[step.stage], params.section(step.stage))
-        run_stage(step.stage, params.section(step.stage), paths, params=params, step=step.name, device=device, **options)
+        run_stage(step.stage, params.section(step.stage), paths, params=params, step=step.name, device=ready(), **options)
         log.debug("%s wrote %s", step.name, paths[output])
         if outside:
             _seen(step.output(root)).parent.mkdir(parents=True, exist_ok=True)
             _seen(step.output(root)).write_text(json.dumps([read_manifest(step.output(root), output).digest, outside]))
 
 
-def _is_current(step: Step, params: Params, root: Path) -> bool:
-    """Whether the step's artifact is whole, and made by these settings from the inputs that lie there now."""
+def _ready(params: Params, device: str) -> str:
+    """The device, once it is known to be here, and so are all students before the first is trained."""
+    from diffstill.students import refuse_unknown
+
+    for student in params.evaluate.students:
+        refuse_unknown(student)
+    return resolve_device(device)
+
+
+def _why(step: Step, params: Params, root: Path, *, verified: bool = False, made_anew: Sequence[str] = ()) -> str | None:
+    """Why the step has to run; None if its artifact is whole, and made by these settings from the inputs that lie there now.
+
+    `verified` looks at every byte of the artifact, too; `made_anew` are steps before this one that are known to run.
+    """
+    return next(_reasons(step, params, root, verified, made_anew), None)
+
+
+def _reasons(step: Step, params: Params, root: Path, verified: bool, made_anew: Sequence[str]) -> Iterator[str]:
+    """The first of these reasons is the one to tell: those after it may not even be found out."""
     stage, output = STAGES[step.stage], step.output(root)
     if not (output / MANIFEST).is_file():
-        return False
-    manifest = open_artifact(output, stage.output).manifest
+        yield "not made yet"
+    manifest = (open_artifact(output, stage.output) if verified else read_manifest(output, stage.output)).manifest
     if any(f"{ANCESTORS}/{digest}.json" not in manifest.files for digest in manifest.inputs.values()):
-        return False  # made by a diffstill that kept no lineage
+        yield "made by a diffstill that kept no lineage"
     config = params.section(step.stage)
     outside = _outside(stage, config)
-    if outside and not _has_seen(output, stage.output, outside):
-        return False
     pinned = dict.fromkeys(stage.outside.values()) if outside else {}  # the manifest has the commit where the settings have the branch
-    if manifest.config | pinned != config.plain() | pinned:
-        return False
-    named = {name: where for name, where in step.paths.items() if name != stage.output}
-    return manifest.inputs == _input_digests(named, root)
+    if changes := _changes(step.stage, manifest.config | pinned, config.plain() | pinned):
+        yield _shortened(changes)
+    if outside and not _has_seen(output, stage.output, outside):
+        yield f"{' and '.join(f'`{step.stage}.{name}`' for name in outside)}: other files than those it was made from"
+    if made_anew:
+        yield f"after {_shortened(made_anew)}"
+    found = _input_digests({name: where for name, where in step.paths.items() if name != stage.output}, root)
+    if other := {name for name, _ in manifest.inputs.items() ^ found.items()}:
+        # Scores are numbered, as there are several; here they are one input.
+        yield f"input {', '.join(sorted({name.partition('-')[0] for name in other}))} changed"
+
+
+def _shortened(causes: Sequence[str]) -> str:
+    more = len(causes) - SHOWN_CAUSES
+    return ", ".join(causes[:SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _changes(stage: str, before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What was set otherwise when an artifact was made, as `sample.guidance 1.5 -> 3`."""
+    changes: list[str] = []
+    for name in dict.fromkeys([*now, *before]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += _changes(stage, old, new, f"{prefix}{name}.")
+        elif old != new or (name in before) != (name in now):
+            changes.append(f"{stage}.{prefix}{name} {json.dumps(old)} -> {json.dumps(new)}")
+    return changes
 
 
 def _seen(output: Path) -> Path:

@@ -6,7 +6,9 @@ import csv
 import io
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -40,6 +42,27 @@ def print_summary(artifacts: Path) -> None:
         console.print(f"MLflow     mlflow ui --backend-store-uri {shlex.quote(tracking_uri())}")
     elif tracking_uri() != OFF:
         console.print(f"MLflow     {without_secrets(tracking_uri())}")
+
+
+def plain(artifacts: Path) -> dict[str, Any]:
+    """The same as JSON has it: accuracies are fractions. Raises `DiffstillError` where there is no whole report."""
+    report = artifacts / "report"
+    rows = [{name: _number(value) for name, value in row.items()} for row in _rows(report)]
+    seeds = read_manifest(artifacts / "distilled", "distilled").facts["seeds"]
+    return {
+        "cautions": _remarks(report)[0],
+        "accuracy": rows,
+        "report": str(report.absolute() / "report.html"),
+        "distilled": {str(seed): str(artifacts.absolute() / "distilled" / f"seed-{seed}") for seed in seeds},
+    }
+
+
+def _number(text: str) -> float | int | str | None:
+    """A cell of the table as a number, if it is one; None if it is empty."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text or None
 
 
 def markdown(report: Path) -> str:

@@ -23,7 +23,8 @@ from diffstill.doctor import Needs, preflight
 from diffstill.errors import DiffstillError
 from diffstill.launch import Work, device_here, launch, one_message, ranks_here
 from diffstill.lineage import Lineage
-from diffstill.run import STAGES, gpus_held, run_stage
+from diffstill.plan import STAGES
+from diffstill.run import gpus_held, run_stage
 from diffstill.summary import markdown
 from diffstill.tracking import open_chain
 from diffstill.trainjob import Order, train

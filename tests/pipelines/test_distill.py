@@ -12,7 +12,7 @@ import yaml
 from components.images import TAGGED, load_images
 from diffstill.config import Params, preset
 from diffstill.errors import DiffstillError
-from diffstill.run import STAGES, chain
+from diffstill.plan import STAGES, chain
 from diffstill.trainjob import Order
 from pipelines.client import SCAFFOLD
 from pipelines.distill import arguments, literal

@@ -20,8 +20,8 @@ from kfp_server import KfpServer
 from chains import contents
 from diffstill.artifacts import WorkFolder, open_artifact
 from diffstill.config import PublishConfig, load_params, preset, render_params
+from diffstill.plan import chain
 from diffstill.registry import KINDS, Registry
-from diffstill.run import chain
 from pipelines.__main__ import main
 from pipelines.distill import literal
 from pipelines.local import _at_hand, _version, execute, processes

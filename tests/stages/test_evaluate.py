@@ -268,10 +268,12 @@ def test_an_edited_score_is_made_again(images, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         evaluate(config(baselines=("random",)), images=images, scores=tmp_path / "scores", record=Counting(stop_after=90))
     (finished,) = (tmp_path / "work").rglob("finished.jsonl")
+    count = len(finished.read_text().splitlines())  # two work side by side: it depends on who was how far
+    assert count in (3, 4)
     finished.write_text(re.sub(r'("accuracy_test": 0\.)\d', r"\g<1>9", finished.read_text(), count=1))
     rest = Counting()
     evaluate(config(baselines=("random",)), images=images, scores=tmp_path / "scores", record=rest)
-    assert rest.done == 60  # of 80 that were finished
+    assert rest.done == 20 * (count - 1)
     assert contents(tmp_path / "scores") == contents(tmp_path / "whole")
     assert "a line is damaged" in caplog.text
 
