@@ -96,7 +96,7 @@ class Counting:
 
     def update(self, n=1):
         self.steps += n
-        if self.steps == self.stop_after:
+        if self.stop_after is not None and self.steps >= self.stop_after:  # all threads stop here, however late they hear of it
             raise KeyboardInterrupt
 
 
