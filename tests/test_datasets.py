@@ -392,6 +392,40 @@ def test_folder_without_other_splits_is_cut_by_class(tmp_path):
     )
 
 
+def test_a_folder_per_class_is_all_that_is_needed(tmp_path):
+    """And gives the images of train/ of the same content, byte by byte."""
+    split, flat = (load(folder_config(tree(tmp_path / name, {"cat": 15, "ant": 10}, sub))) for name, sub in (("split", "train"), ("flat", ".")))
+    assert flat.classes == ("ant", "cat")
+    assert (flat.counts(), flat.division) == (split.counts(), split.division)
+    for name in SPLITS:
+        assert np.array_equal(flat.splits[name].pixels, split.splits[name].pixels)
+        assert np.array_equal(flat.splits[name].labels, split.splits[name].labels)
+    plain(tmp_path / "flat" / "lost.png")
+    assert load(folder_config(tmp_path / "flat")).left_out == {"lost.png": "in no class folder"}
+    assert load(folder_config(tmp_path / "flat", classes=("cat", "ant"))).classes == ("cat", "ant")
+
+
+@pytest.mark.parametrize("sub", ["train", "."])
+def test_images_may_lie_deeper_in_their_class(tmp_path, sub):
+    root = tree(tmp_path, {"a": 6, "b": 6}, sub)
+    for number, place in enumerate(("a/2024/x.png", "a/2024/summer/x.png", "b/more/notes.txt", "b/.cache/x.png")):
+        plain((root / sub / place).with_suffix(".png"), 100 + number).rename(root / sub / place)
+    (root / sub / "b/more/notes.txt").write_text("no image")
+    (root / sub / "b/again").symlink_to(root / sub / "a", target_is_directory=True)
+    (root / sub / "b/round").symlink_to(root / sub, target_is_directory=True)
+    dataset = load(folder_config(root))
+    assert sorted(value for name in SPLITS for value in values(dataset, name)) == [*range(6), *range(20, 26), 100, 101]
+    where = "" if sub == "." else f"{sub}/"
+    assert dataset.left_out == {
+        f"{where}b/again": "a link to a folder",
+        f"{where}b/round": "a link to a folder",
+        f"{where}b/more/notes.txt": NO_IMAGE,
+    }
+    before = dataset.dataset.fingerprint
+    plain(root / sub / "a/2024/new.png", 7)
+    assert load(folder_config(root)).dataset.fingerprint != before
+
+
 @pytest.mark.parametrize(
     ("beside", "test", "val", "words"),
     [
@@ -549,8 +583,13 @@ def empty_class(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: (root / "x.png").touch(), r"has no folder train/; it holds no folder at all; expected <location>/train/<class>/<image>"),
-        (lambda root: tree(root, {"a": 3, "b": 3}, "."), r"has no folder train/; it holds 'a', 'b' instead \(class folders belong inside train/\)"),
+        (lambda root: (root / "x.png").touch(), r"holds no folder at all; expected <location>/<class>/<image>, or <location>/train/<class>/<image>"),
+        (lambda root: tree(root, {"a": 3}, "."), r"has only the class 'a' to work with, but telling classes apart takes at least two"),
+        (lambda root: tree(root, {"a": 3, "b": 3}, "test"), r"has a folder test/ but no folder train/, it holds 'test'; expected"),
+        (
+            lambda root: tree(tree(root, {"a": 3}, "."), {"a": 3, "b": 3}, "val"),
+            r"has a folder val/ but no folder train/, it holds 'a', 'val'; expected",
+        ),
         (lambda root: (root / "train").mkdir(), r"train has no class to work with"),
         (lambda root: tree(root, {"a": 3}), r"train has only the class 'a' to work with, but telling classes apart takes at least two"),
         (lambda root: tree(root, {"a": 3}) and empty_class(root), r"train/b: class 'b' has no image there \(JPEG, PNG"),
@@ -560,7 +599,6 @@ def empty_class(root: Path) -> None:
         ),
         (lambda root: tree(tree(root, {"a": 3, "b": 3}), {"a": 3}, "test"), r"class 'b' is in train/ but not in test/"),
         (lambda root: tree(tree(root, {"a": 3, "b": 3}), {"a": 3, "b": 3, "c": 1}, "val"), r"class 'c' is in val/ but not in train/"),
-        (lambda root: plain(tree(root, {"a": 3, "b": 3}) / "train/b/more/x.png"), r"train/b: holds the folder 'more', but images must lie directly"),
     ],
 )
 def test_folders_that_cannot_work_are_refused(tmp_path, make, message):

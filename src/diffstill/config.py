@@ -103,7 +103,7 @@ class PrepareConfig(Section):
 
     source: Literal["digits", "fashion-mnist", "folder", "imagewoof", "imagenette", "imageidc", "imagenet100", "imagenet1k"] = Field(
         "digits",
-        description="dataset: digits (inside scikit-learn), fashion-mnist, folder (train/<class>/*, optionally test/ and val/), "
+        description="dataset: digits (inside scikit-learn), fashion-mnist, folder (<class>/*, or train/<class>/* and optionally test/ and val/), "
         "or classes of ImageNet (a tree with train/<wnid>/* and val/<wnid>/*)",
     )
     location: Location = Field(None, description="folder or URL of the data; null = where the dataset usually is")

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,7 +54,7 @@ log = logging.getLogger("diffstill")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 """A file of such a name is said to be an image; of another one the content decides."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-LAYOUT = "expected <location>/train/<class>/<image>, and optionally test/ and val/ laid out like train/"
+LAYOUT = "expected <location>/<class>/<image>, or <location>/train/<class>/<image> and optionally test/ and val/ laid out like train/"
 IMAGENET_LAYOUT = (
     "expected an ImageNet tree (<location>/train/<wnid>/*.JPEG and val/<wnid>/*.JPEG) or a fastai archive (a .tgz file, its https:// URL, or the "
     "folder unpacked from it)"
@@ -212,14 +213,18 @@ def fashion_mnist(config: PrepareConfig, record: Record = ignore, digests: Mappi
 
 
 def folder(config: PrepareConfig, record: Record = ignore) -> Dataset:
-    """Images in `config.location`/train/<class>/, optionally with test/ and val/ beside; val/ alone serves as test, as in ImageNet-like trees."""
+    """Images in a folder per class, or in such folders below train/, optionally with test/ and val/ beside.
+
+    val/ without test/ serves as test, as in ImageNet-like trees. Images may lie deeper in the folder of their class.
+    """
     if config.location is None:
         raise DiffstillError(f"`prepare.location` is null, but `source: folder` needs the folder of the images; {LAYOUT}")
     root = Path(config.location).expanduser()
     folders = _layout(root)
     present = {sub: _class_folders(root / sub) for sub in folders.values()}
-    listing = _list(root, folders, _agreed_classes(root, present, config.classes), record, present)
-    strangers = [Rejected(f"{name}/", "neither train/ nor test/ nor val/") for name in _visible(root, folders=True) if name not in present]
+    listing = _list(root, folders, _agreed_classes(root, present, config.classes), record, present, deep=True)
+    beside = [] if "" in present else [name for name in _visible(root, folders=True) if name not in present]
+    strangers = [Rejected(f"{name}/", "neither train/ nor test/ nor val/") for name in beside]
     listing = replace(listing, left_out=[*strangers, *listing.left_out])
     brought = {origin: f"the folder {sub}/" for origin, sub in folders.items() if origin != "train"}
     return _of_files(root, listing, brought, config, record)
@@ -545,14 +550,19 @@ def _stream(session: requests.Session, url: str, path: Path, record: Record) -> 
 
 
 def _layout(root: Path) -> dict[str, str]:
-    """Which sub-folder is which split: train/, and test/ and val/ where there are."""
+    """Which sub-folder is which split: train/, and test/ and val/ where there are; the folder itself is train where there is none of them."""
     if not root.is_dir():
         raise DiffstillError(f"{root}: is no folder, but `prepare.location` names it; {LAYOUT}")
+    has_test, has_val = (root / "test").is_dir(), (root / "val").is_dir()
     if not (root / "train").is_dir():
         found = _visible(root, folders=True)
-        hint = f"it holds {_shortened(found)} instead (class folders belong inside train/)" if found else "it holds no folder at all"
-        raise DiffstillError(f"{root}: has no folder train/; {hint}; {LAYOUT}")
-    has_test, has_val = (root / "test").is_dir(), (root / "val").is_dir()
+        if not found:
+            raise DiffstillError(f"{root}: holds no folder at all; {LAYOUT}")
+        if has_test or has_val:
+            raise DiffstillError(
+                f"{root}: has a folder {'test' if has_test else 'val'}/ but no folder train/, it holds {_shortened(found)}; {LAYOUT}"
+            )
+        return {"train": ""}
     if has_val and not has_test:
         return {"train": "train", "test": "val"}
     return {"train": "train"} | ({"test": "test"} if has_test else {}) | ({"val": "val"} if has_val else {})
@@ -575,7 +585,8 @@ def _class_folders(place: Path) -> dict[str, str]:
 
 def _agreed_classes(root: Path, present: Mapping[str, Mapping[str, str]], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
     """The classes to keep, which every split must have."""
-    classes = _chosen(wanted, list(present["train"]), f"{root}/train")
+    train = next(iter(present))
+    classes = _chosen(wanted, list(present[train]), str(root / train))
     for name in classes:
         if name != os.fsencode(name).decode(errors="replace"):
             raise DiffstillError(f"{root}: the class folder {os.fsencode(name)!r} has a name that is not UTF-8; rename it")
@@ -583,8 +594,8 @@ def _agreed_classes(root: Path, present: Mapping[str, Mapping[str, str]], wanted
             raise DiffstillError(f"{root}: the class folder {name!r:.80} cannot be a class, its name {wrong}; rename it")
     for sub, names in present.items():
         for name in [*classes, *(names if wanted is None else ())]:
-            if name not in names or name not in present["train"]:
-                has, lacks = ("train", sub) if name not in names else (sub, "train")
+            if name not in names or name not in present[train]:
+                has, lacks = (train, sub) if name not in names else (sub, train)
                 raise DiffstillError(
                     f"{root}: class {name!r} is in {has}/ but not in {lacks}/; add it there, or list the classes to keep in `prepare.classes`"
                 )
@@ -592,53 +603,74 @@ def _agreed_classes(root: Path, present: Mapping[str, Mapping[str, str]], wanted
 
 
 def _list(
-    root: Path, folders: Mapping[str, str], classes: tuple[str, ...], record: Record, present: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    root: Path,
+    folders: Mapping[str, str],
+    classes: tuple[str, ...],
+    record: Record,
+    present: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    *,
+    deep: bool = False,
 ) -> _Listing:
     """The image files of all classes in all splits, by class and name. Names, sizes and times of change make the fingerprint.
 
-    `present` has the folder of a class in each split, where that is not the class's name.
+    `present` has the folder of a class in each split, where that is not the class's name; `deep` looks into the folders in it.
     """
     names: list[str] = []
     counts: list[int] = []
     seen, left_out = hashlib.sha256(), []
     with record.progress("list", len(folders) * len(classes), "folder") as progress, _lifted_pillow_limit():
         for sub in folders.values():
-            left_out += [Rejected(f"{sub}/{name}", "in no class folder") for name in _visible(root / sub, folders=False)]
+            left_out += [Rejected(_joined(sub, name), "in no class folder") for name in _visible(root / sub, folders=False)]
             for name in classes:
-                where = f"{sub}/{present.get(sub, {}).get(name, name)}"
-                images, others = _list_class(root / where, name)
-                names += [f"{where}/{image.name}" for image in images]
+                where = _joined(sub, present.get(sub, {}).get(name, name))
+                images, others = _list_class(root / where, name, deep=deep)
+                names += [f"{where}/{inside}" for inside in images]
                 counts.append(len(images))
                 left_out += [Rejected(f"{where}/{other}", reason) for other, reason in others.items()]
-                seen.update("".join([f"{where}\n", *map(_stamp, images)]).encode(errors="surrogateescape"))
+                seen.update("".join([f"{where}\n", *(_stamp(inside, file) for inside, file in images.items())]).encode(errors="surrogateescape"))
                 progress.update()
     labels = np.repeat(np.tile(np.arange(len(classes)), len(folders)), counts)
     origin = np.repeat(np.repeat(list(folders), len(classes)), counts)
     return _Listing(classes, labels, origin, names, seen.hexdigest(), left_out)
 
 
-def _list_class(place: Path, name: str) -> tuple[list[os.DirEntry[str]], dict[str, str]]:
-    """The image files of one class in one split, sorted by name, and why each other file there is none."""
-    with os.scandir(place) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    nested = next((entry.name for entry in entries if entry.is_dir()), None)
-    if nested:
-        raise DiffstillError(
-            f"{place}: holds the folder {nested!r}, but images must lie directly in their class folder; move them up, or hide it; {LAYOUT}"
-        )
-    images, others = [], {}
-    for entry in entries:
-        reason = None if Path(entry.name).suffix.lower() in SUFFIXES else _no_image(entry)
-        if reason is None:
-            images.append(entry)
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _list_class(place: Path, name: str, *, deep: bool) -> tuple[dict[str, os.DirEntry[str]], dict[str, str]]:
+    """The image files of one class in one split, sorted by their path in it, and why each other file there is none."""
+    images, others = {}, {}
+    for inside, entry in sorted(_files_in(place, deep=deep), key=itemgetter(0)):
+        if entry.is_dir():
+            reason: str | None = "a link to a folder"
         else:
-            others[entry.name] = reason
+            reason = None if Path(entry.name).suffix.lower() in SUFFIXES else _no_image(entry)
+        if reason is None:
+            images[inside] = entry
+        else:
+            others[inside] = reason
     if not images:
         raise DiffstillError(
             f"{place}: class {name!r} has no image there ({', '.join(FORMATS)}{_also_there(others)}); add images, "
             "or list the classes to keep in `prepare.classes`"
         )
     return images, others
+
+
+def _files_in(place: Path, prefix: str = "", *, deep: bool) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All that is not hidden in a folder and, where `deep`, in the folders in it, by its path; links to folders are not followed."""
+    with os.scandir(place) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if not deep:
+                raise DiffstillError(
+                    f"{place}: holds the folder {entry.name!r}, but images must lie directly in their class folder; move them up, or hide it"
+                )
+            yield from _files_in(place / entry.name, f"{prefix}{entry.name}/", deep=deep)
+        else:
+            yield f"{prefix}{entry.name}", entry
 
 
 def _no_image(file: os.DirEntry[str]) -> str | None:
@@ -656,13 +688,13 @@ def _also_there(others: Collection[str]) -> str:
     return f"; {len(others)} other files, such as {min(others)!r}" if others else ""
 
 
-def _stamp(file: os.DirEntry[str]) -> str:
-    """A line that changes when the file does."""
+def _stamp(inside: str, file: os.DirEntry[str]) -> str:
+    """A line that changes when the file does; `inside` is its path in the folder of its class."""
     try:
         found = file.stat()
     except OSError:  # a link to nowhere, which reading will reject
         found = file.stat(follow_symlinks=False)
-    return f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n"
+    return f"{inside}\0{found.st_size}\0{found.st_mtime_ns}\n"
 
 
 # --- ImageNet's subsets ------------------------------------------------------------------------------------------

@@ -161,8 +161,8 @@ def _taken(stage: Stage, config: Section, paths: Mapping[str, Any]) -> Iterator[
         yield from ((name, one) for one in ([given] if isinstance(given, str | Path) else given))
     for name, named in stage.outside.items():
         if place := paths.get(name) or getattr(config, named):
-            # Of a folder of images these alone are read, so that an output may lie beside them.
-            parts = SPLITS if stage.output == "images" else ("",)
+            # Of a folder of images with splits these alone are read, so that an output may lie beside them.
+            parts = SPLITS if stage.output == "images" and ("://" in str(place) or (Path(place) / "train").is_dir()) else ("",)
             yield from ((name, f"{place}/{part}" if "://" in str(place) else Path(place) / part) for part in parts)
 
 
