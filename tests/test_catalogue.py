@@ -221,6 +221,26 @@ def test_compare_writes_a_page(here):
     assert "<html" in Path("page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        (("card", "distilled-pets/1"), {"ref": "distilled-pets/1"}),
+        (("download", "distilled-pets/1"), {"ref": "distilled-pets/1", "distilled": "distilled-pets-v1/distilled"}),
+        (("export", "distilled-pets/1", "out", "--ipc", "1"), {"ref": "distilled-pets/1", "folder": "out", "format": "imagefolder", "images": 2}),
+        (("compare", "distilled-pets/1", "distilled-pets/2"), {"sets": ["distilled-pets/1", "distilled-pets/2"], "page": "compare.html"}),
+        (
+            ("deprecate", "distilled-pets/2", "--reason", "blurred"),
+            {"deprecated": "blurred", "aliases": {"newest": 1, "best-ipc1": 1, "best-ipc2": 1}},
+        ),
+        (("deprecate", "distilled-pets/2", "--undo"), {"deprecated": None}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_commands_tell_the_same_to_programs(here, command, wanted):
+    plain = json.loads(told(*command, "--json"))
+    assert {name: plain[name] for name in wanted} == wanted
+
+
 def test_compare_refuses_a_page_in_no_folder(here):
     assert "no such folder" in told("compare", "distilled-pets/1", "distilled-pets/2", "--output", "no/page.html", code=2)
 

@@ -577,3 +577,36 @@ def _listens(port: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+# --- for programs -------------------------------------------------------------------------------------------------
+
+
+def test_every_command_with_something_to_tell_tells_it_as_json():
+    silent = {"completion", "schema", "ui"}
+    assert {name for name, command in main.commands.items() if not any("--json" in option.opts for option in command.params)} == silent
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (("prepare", "--images", "new"), {"images", "metrics"}),
+        ((*SAMPLE[:-1], "new"), {"distilled", "metrics"}),
+        (("preset", "tiny", "--output", "other.yaml"), {"params", "preset"}),
+        (("merge", "--output", "merged"), {"folder", "fine-tune"}),
+        (("run",), {"cautions", "accuracy", "report", "distilled"}),
+        (("export", "artifacts/distilled", "exported"), {"ref", "folder", "format", "images", "seed"}),
+        (("download", "artifacts/distilled", "--output", "copy"), {"ref", "distilled"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_json_is_all_there_is_on_standard_output(command, keys, project):
+    result = call(*command, "--json")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)) == keys
+
+
+def test_doctor_as_json_has_a_verdict_of_each_finding(here):
+    found = {one["what"]: one for one in json.loads(call("doctor", "--json").stdout)}
+    assert found["python"]["verdict"] == "ok"
+    assert found["torch"]["found"]

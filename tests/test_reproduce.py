@@ -27,7 +27,7 @@ from diffstill.errors import DiffstillError
 from diffstill.lineage import Lineage
 from diffstill.pictures import read_png, save_png, to_image
 from diffstill.registry import Found, find
-from diffstill.reproduce import MARK, Reproduction, _causes, _extent, reproduce, text
+from diffstill.reproduce import MARK, Reproduction, _causes, _extent, plain, reproduce, text
 from diffstill.run import run_stage
 
 pytestmark = pytest.mark.slow
@@ -135,6 +135,8 @@ def refusal(*arguments, **options) -> str:
 def test_a_published_set_is_made_anew(made, tiny_chain):
     assert made.matches
     assert [one.name for one in made.artifacts] == STEPS
+    told = json.loads(json.dumps(plain(made)))
+    assert (told["matches"], told["difference"], list(told["artifacts"])) == (True, None, STEPS)
     for name in STEPS:
         assert contents(made.folder / "artifacts" / name) == contents(tiny_chain.artifacts / name)
 

@@ -99,7 +99,7 @@ def test_the_subcommand_has_the_same_interface(name):
     more = (
         {*stage.options, *stage.flags, *stage.outside} | ({"device"} if stage.on_device else set()) | ({"shard", "parts"} if stage.sharded else set())
     )
-    assert set(options) == paths | more | {"step", "params_path", "changes"}
+    assert set(options) == paths | more | {"step", "params_path", "changes", "as_json"}
     required = set() if stage.registers else paths - set(stage.optional)
     assert {given for given, option in options.items() if option.required} == required
     assert set(stage.flags) <= set(FLAGS)

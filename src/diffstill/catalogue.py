@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,6 +39,11 @@ def params_option(command: Decorated) -> Decorated:
         "--set", "changes", multiple=True, metavar="KNOB=VALUE", help="Another value of a knob, like sample.guidance=2. May be repeated."
     )(command)
     return click.option("--params", "params_path", type=path, default=Path("params.yaml"), show_default=True, help="The knobs.")(command)
+
+
+def print_json(told: Mapping[str, Any]) -> None:
+    """One object for programs; a path as text."""
+    click.echo(json.dumps(told, indent=1, default=str))
 
 
 def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -123,14 +128,19 @@ def _row(version: Any) -> Sequence[str]:
 @click.command()
 @REF
 @click.option("--raw", is_flag=True, help="Markdown as it is.")
-def card(ref: str, raw: bool) -> None:
+@AS_JSON
+def card(ref: str, raw: bool, as_json: bool) -> None:
     """Print the card of a published set."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     from diffstill.registry import find
 
-    text = (find(ref).folder("card") / "card.md").read_text(encoding="utf-8")
+    found = find(ref)
+    text = (found.folder("card") / "card.md").read_text(encoding="utf-8")
+    if as_json:
+        print_json({"ref": found.ref, "markdown": text})
+        return
     console = Console()
     if raw or not console.is_terminal:
         click.echo(text)
@@ -142,7 +152,8 @@ def card(ref: str, raw: bool) -> None:
 @REF
 @click.option("--output", type=FOLDER, help="Where to; the name and number of the version if left out.")
 @click.option("--all", "everything", is_flag=True, help="The report and the card, too.")
-def download(ref: str, output: Path | None, everything: bool) -> None:
+@AS_JSON
+def download(ref: str, output: Path | None, everything: bool, as_json: bool) -> None:
     """Bring a set here, verified: `<output>/distilled` is its artifact, with an image folder per generation seed."""
     from diffstill.registry import KINDS, find
     from diffstill.run import Listener
@@ -154,7 +165,10 @@ def download(ref: str, output: Path | None, everything: bool) -> None:
     folders = {kind: found.folder(kind, Listener()) for kind in (KINDS if everything else KINDS[:1])}
     for kind, folder in folders.items():
         place_copy(folder, target / kind, kind)
-    click.echo(f"{target / 'distilled'}")
+    if as_json:
+        print_json({"ref": found.ref, **{kind: str(target / kind) for kind in folders}})
+    else:
+        click.echo(f"{target / 'distilled'}")
 
 
 def place_copy(source: Path, target: Path, kind: Kind) -> None:
@@ -178,7 +192,8 @@ def place_copy(source: Path, target: Path, kind: Kind) -> None:
 @click.option("--format", "as_format", type=click.Choice(FORMATS), default="imagefolder", show_default=True, help="What to write.")
 @click.option("--ipc", type=int, help="Only the first images of each class.")
 @click.option("--seed", type=int, help="Which generation seed; the set's first if left out.")
-def export(ref: str, folder: Path, as_format: Any, ipc: int | None, seed: int | None) -> None:
+@AS_JSON
+def export(ref: str, folder: Path, as_format: Any, ipc: int | None, seed: int | None, as_json: bool) -> None:
     """Write a set to FOLDER in a format that other tools read."""
     from diffstill.export import export as write
     from diffstill.loading import open_set
@@ -188,7 +203,11 @@ def export(ref: str, folder: Path, as_format: Any, ipc: int | None, seed: int | 
     found, record = find(ref), Listener()
     card, licence = (found.version.card, found.version.tags.get("licence")) if found.version else (None, None)
     opened = open_set(found.folder(record=record), ipc=ipc, seed=seed, card=card)
-    click.echo(write(opened, folder, as_format, licence=licence, record=record))
+    place = write(opened, folder, as_format, licence=licence, record=record)
+    if as_json:
+        print_json({"ref": found.ref, "folder": str(place), "format": as_format, "images": len(opened), "seed": opened.seed})
+    else:
+        click.echo(place)
 
 
 @click.command()
@@ -229,7 +248,8 @@ def _published(version: Any) -> list[tuple[str, str, str]]:
 @click.argument("first")
 @click.argument("second")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("compare.html"), show_default=True, help="The page.")
-def compare(first: str, second: str, output: Path) -> None:
+@AS_JSON
+def compare(first: str, second: str, output: Path, as_json: bool) -> None:
     """Compare two sets: scores, settings, lineage, and their images side by side on one page."""
     from diffstill import compare as comparing
     from diffstill.registry import find
@@ -242,7 +262,10 @@ def compare(first: str, second: str, output: Path) -> None:
     if not output.parent.is_dir():
         raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
     output.write_text(comparing.render(found), encoding="utf-8")
-    click.echo(comparing.text(found))
+    if as_json:
+        print_json(comparing.summarised(found) | {"page": output})
+    else:
+        click.echo(comparing.text(found))
     click.echo(f"wrote {output.absolute()}", err=True)
 
 
@@ -253,8 +276,18 @@ def compare(first: str, second: str, output: Path) -> None:
 @click.option("--data", help="Where the raw images lie now, for sets made from a local folder.")
 @click.option("--weights", help="Where the imported generator lies now, for sets made from a local DiTPipeline folder or checkpoint.")
 @click.option("--autoencoder", help="Where the imported autoencoder lies now, for sets made with a local one.")
+@AS_JSON
 @click.pass_context
-def reproduce(ctx: click.Context, ref: str, folder: Path | None, device: str, data: str | None, weights: str | None, autoencoder: str | None) -> None:
+def reproduce(
+    ctx: click.Context,
+    ref: str,
+    folder: Path | None,
+    device: str,
+    data: str | None,
+    weights: str | None,
+    autoencoder: str | None,
+    as_json: bool,
+) -> None:
     """Make a set anew from its own settings, code and data revision, until its digest matches; exit code 1 if it comes out different."""
     from diffstill import reproduce as reproducing
     from diffstill.registry import find
@@ -263,26 +296,35 @@ def reproduce(ctx: click.Context, ref: str, folder: Path | None, device: str, da
     found = find(ref)
     places = {"data": data, "weights": weights, "autoencoder": autoencoder}
     result = reproducing.reproduce(found, folder or Path("reproduce") / found.digest[:12], device=resolve_device(device), **places)
-    click.echo(reproducing.text(result))
+    if as_json:
+        print_json(reproducing.plain(result))
+    else:
+        click.echo(reproducing.text(result))
     ctx.exit(0 if result.matches else 1)
 
 
 @click.command()
 @REF
 @click.option("--output", type=FOLDER, help="Where to, inside the DVC repository; distilled/<name>-v<number> if left out.")
-def promote(ref: str, output: Path | None) -> None:
+@AS_JSON
+def promote(ref: str, output: Path | None, as_json: bool) -> None:
     """Bring a published set under DVC in this repository."""
     from diffstill import promote as promoting
     from diffstill.registry import find
 
-    click.echo(promoting.text(promoting.promote(find(ref), output)))
+    done = promoting.promote(find(ref), output)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        click.echo(promoting.text(done))
 
 
 @click.command()
 @REF
 @click.option("--reason", help="Why, for those who load it all the same.")
 @click.option("--undo", is_flag=True, help="Take it back.")
-def deprecate(ref: str, reason: str | None, undo: bool) -> None:
+@AS_JSON
+def deprecate(ref: str, reason: str | None, undo: bool, as_json: bool) -> None:
     """Mark a version as one not to use: it stays, loading it warns, `newest` and `best-ipc<N>` go to others."""
     from diffstill.registry import Reference, Registry
 
@@ -297,11 +339,15 @@ def deprecate(ref: str, reason: str | None, undo: bool) -> None:
         registry.restore(version)
     else:
         registry.deprecate(version, told)
-    click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {_aliases(registry, version.name)}", err=True)
+    if as_json:
+        print_json({"ref": version.ref, "deprecated": None if undo else told, "aliases": _aliases(registry, version.name)})
+        return
+    aliases = ", ".join(f"{alias} = {number}" for alias, number in _aliases(registry, version.name).items())
+    click.echo(f"{version.ref} is {'in use again' if undo else 'deprecated'}; aliases: {aliases or 'none'}", err=True)
 
 
-def _aliases(registry: Any, name: str) -> str:
-    return ", ".join(f"{alias} = {version.number}" for version in registry.search(name) for alias in version.aliases) or "none"
+def _aliases(registry: Any, name: str) -> dict[str, int]:
+    return {alias: version.number for version in registry.search(name) for alias in version.aliases}
 
 
 @click.command()

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from diffstill import __version__, catalogue
-from diffstill.catalogue import AS_JSON, FOLDER, Decorated, params_option
+from diffstill.catalogue import AS_JSON, FOLDER, Decorated, params_option, print_json
 from diffstill.commands import Group, Refusal
 from diffstill.config import PRESETS, Params, Section, json_schema, load_params, preset, read_json, render_params
 from diffstill.errors import DiffstillError, without_secrets
@@ -126,9 +126,10 @@ def _stage_command(name: str) -> click.Command:
         options.append(click.Option(["--shard"], metavar="I/N", help="make only share I of N, counted from 0; `--parts` gathers them"))
         options.append(click.Option(["--parts"], type=FOLDER, multiple=True, help="what a shard made: give all of them to gather the whole"))
     options.append(_place(stage, stage.output, f"output: {PATHS[stage.output]}"))
+    options.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the numbers as JSON."))
     options.append(click.Option(["--step"], default=name, show_default=True, help="name of this run in MLflow"))
 
-    def callback(params_path: Path, changes: Sequence[str], step: str, device: str = "auto", **given: Any) -> None:
+    def callback(params_path: Path, changes: Sequence[str], step: str, as_json: bool, device: str = "auto", **given: Any) -> None:
         from diffstill.plan import score_names
         from diffstill.run import resolve_device, run_stage
 
@@ -137,7 +138,10 @@ def _stage_command(name: str) -> click.Command:
             given["scores"] = [given["scores"] / Path(name).relative_to("scores") for name in score_names(params.evaluate.students)]
         options = {option: given.pop(option) for option in (*stage.options, *stage.flags, *(["shard"] if stage.sharded else []))}
         on = resolve_device(device) if stage.on_device else "cpu"
-        run_stage(name, params.section(name), given, params=params, step=step, device=on, **options)
+        output = given[stage.output]
+        metrics = run_stage(name, params.section(name), given, params=params, step=step, device=on, **options)
+        if as_json:
+            print_json({stage.output: output, "metrics": metrics})
 
     command = click.Command(name, params=options, callback=callback, help=f"{SUMMARIES[name]}\n\n{_knobs(name)}", short_help=SUMMARIES[name])
     return params_option(_device_option(command) if stage.on_device else command)
@@ -217,12 +221,16 @@ def _print_plan(steps: Sequence[tuple[Step, str | None]], *, as_json: bool = Fal
 @click.option("--denoiser", type=FOLDER, default=Path("artifacts/denoiser"), show_default=True, help=PATHS["denoiser"])
 @click.option("--seed", type=int, help="which fine-tune, where there are several")
 @click.option("--output", type=FOLDER, required=True, help="new folder, which diffusers' DiTPipeline opens")
-def merge(generator: Path, denoiser: Path, seed: int | None, output: Path) -> None:
+@AS_JSON
+def merge(generator: Path, denoiser: Path, seed: int | None, output: Path, as_json: bool) -> None:
     """Write the fine-tuned generator as one whole DiTPipeline folder."""
     from diffstill.merge import merge as merge_weights
 
     chosen = merge_weights(generator, denoiser, output, seed)
-    click.echo(f"{output}: the generator with fine-tune {chosen}", err=True)
+    if as_json:
+        print_json({"folder": output, "fine-tune": chosen})
+    else:
+        click.echo(f"{output}: the generator with fine-tune {chosen}", err=True)
 
 
 @main.command()
@@ -235,12 +243,16 @@ def summary(artifacts: Path, as_json: bool) -> None:
 
 @main.command("open")
 @_artifacts_option
-def open_report(artifacts: Path) -> None:
+@AS_JSON
+def open_report(artifacts: Path, as_json: bool) -> None:
     """Open the report of a finished chain in the browser; where there is none, print its path."""
     from diffstill.artifacts import open_artifact
 
     page = (open_artifact(artifacts / "report", "report").folder / "report.html").absolute()
-    click.echo(page)
+    if as_json:
+        print_json({"report": page})
+    else:
+        click.echo(page)
     click.launch(page.as_uri())
 
 
@@ -289,7 +301,8 @@ def schema() -> None:
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("params.yaml"), show_default=True, help="Where to write.")
 @click.option("--force", is_flag=True, help="Overwrite changed values.")
-def write_preset(name: str, output: Path, force: bool) -> None:
+@AS_JSON
+def write_preset(name: str, output: Path, force: bool, as_json: bool) -> None:
     """Write the parameters of a preset, one commented line per knob."""
     wanted = preset(name)
     if output.exists() and not force:
@@ -297,7 +310,10 @@ def write_preset(name: str, output: Path, force: bool) -> None:
     if not output.parent.is_dir():
         raise DiffstillError(f"{output.parent}: no such folder; make it, or choose another --output")
     output.write_text(render_params(wanted), encoding="utf-8")
-    click.echo(f"wrote {output} (preset {name}); next: diffstill run", err=True)
+    if as_json:
+        print_json({"params": output, "preset": name})
+    else:
+        click.echo(f"wrote {output} (preset {name}); next: diffstill run", err=True)
 
 
 def _refuse_changed(output: Path, wanted: Params) -> None:
@@ -324,14 +340,15 @@ def _refuse_changed(output: Path, wanted: Params) -> None:
 @click.option("--environment", multiple=True, metavar="NAME", help="Variable that must be set; its value is never shown. May be repeated.")
 @click.option("--store", metavar="S3-URI", help="Bucket and prefix that must take, give back and delete an object.")
 @click.option("--mlflow", is_flag=True, help="The MLflow server must answer and accept.")
-def doctor(**needed: Any) -> None:
+@AS_JSON
+def doctor(as_json: bool, **needed: Any) -> None:
     """Check this machine: versions, device, disk, endpoints. Prints no secret.
 
     With options, check that what they name is here, as a run on a cluster does before it starts.
     """
     from diffstill.doctor import Needs, examine, preflight
 
-    if not examine():
+    if not examine(as_json=as_json):
         raise Refusal("something that diffstill needs is missing, see above")
     if any(needed.values()):
         preflight(read_json(json.dumps(needed), Needs))

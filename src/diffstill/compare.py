@@ -524,6 +524,18 @@ def _small(comparison: Comparison) -> bool:
     return all(pictures.shape[-1] <= 64 for row in comparison.images for pictures in (row.first, row.second) if pictures is not None)
 
 
+def summarised(found: Comparison) -> dict[str, Any]:
+    """What the page says in words, and the settings that differ, as JSON has it."""
+    return {
+        "sets": found.names,
+        "identical": found.identical,
+        "same_images": found.same_images,
+        "headline": found.headline,
+        "findings": found.findings,
+        "settings": {section: {one.name: [one.first, one.second] for one in pairs} for section, pairs in found.settings.items()},
+    }
+
+
 def text(comparison: Comparison) -> str:
     """The comparison in short, for a terminal: no control character of a name or a value gets there."""
     file = io.StringIO()

@@ -79,10 +79,13 @@ class Needs(BaseModel):
     mlflow: bool = Field(False, description="whether the tracking server must answer and take runs")
 
 
-def examine() -> bool:
+def examine(*, as_json: bool = False) -> bool:
     """Print all findings; False if something needed is missing."""
     findings = [*_packages(), *_machine(), *_environment()]
-    _print(findings)
+    if as_json:
+        print(json.dumps([{"what": one.what, "found": one.found, "verdict": one.verdict} for one in findings], indent=1))
+    else:
+        _print(findings)
     return all(finding.verdict != "missing" for finding in findings)
 
 

@@ -360,6 +360,27 @@ def _causes(found: Found, one: Ancestor, code: Code, device: str) -> Iterator[st
 # For the terminal
 
 
+def plain(result: Reproduction) -> dict[str, Any]:
+    """What came of it, as JSON has it."""
+    differing = result.difference
+    return {
+        "ref": result.ref,
+        "matches": result.matches,
+        "folder": str(result.folder),
+        "code": result.code.name,
+        "exact_code": result.code.exact,
+        "artifacts": {one.name: one.digest for one in result.artifacts},
+        "difference": differing
+        and {
+            "artifact": differing.artifact.name,
+            "digest": differing.digest,
+            "parts": differing.parts,
+            "extent": differing.extent,
+            "causes": differing.causes,
+        },
+    }
+
+
 def text(reproduction: Reproduction) -> str:
     """What came of it: a line per artifact, then what differs and why."""
     code, difference = reproduction.code, reproduction.difference
