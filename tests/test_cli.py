@@ -193,7 +193,7 @@ REFUSED = {
     "absent device": (nothing, (*SAMPLE, "--device", "cuda:99"), "--device 'cuda:99' is not here"),
     "device of another make": (nothing, (*SAMPLE, "--device", "meta"), "--device 'meta' is not here"),
     "summary of nothing": (nothing, ("summary", "--artifacts", "nowhere"), "nowhere/report: does not exist"),
-    "changed knob that is none": (nothing, ("run", "--set", "sample.guidence=3"), "`sample.guidence` is not a knob; did you mean `sample.guidance`?"),
+    "changed knob that is none": (nothing, ("run", "--set", "sample.guidanse=3"), "`sample.guidanse` is not a knob; did you mean `sample.guidance`?"),
     "changed knob of the wrong type": (
         nothing,
         ("run", "--set", "sample.guidance=high"),
