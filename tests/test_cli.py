@@ -207,6 +207,7 @@ REFUSED = {
         "`pretrain.vae` is a group of knobs; set them one at a time, like pretrain.vae.",
     ),
     "change that is no YAML": (nothing, ("show", "--set", "finetune.seeds=[0, 1"), "--set 'finetune.seeds=[0, 1': not valid YAML"),
+    "change to a date": (nothing, ("run", "--set", "publish.note=2026-11-26"), "--set: holds a value that is no number, text, list or mapping"),
     "change that does not fit the rest": (nothing, ("run", "--set", "sample.images_per_class=1"), "--set: `evaluate.images_per_class` asks for 2"),
     "open of nothing": (nothing, ("open", "--artifacts", "nowhere"), "nowhere/report: does not exist"),
     "run with a bad knob": (setting(report={"shown": 3}), ("run",), "`report.shown` is not a knob"),
@@ -610,3 +611,6 @@ def test_doctor_as_json_has_a_verdict_of_each_finding(here):
     found = {one["what"]: one for one in json.loads(call("doctor", "--json").stdout)}
     assert found["python"]["verdict"] == "ok"
     assert found["torch"]["found"]
+    asked = call("doctor", "--json", "--disk", "0.001")
+    assert json.loads(asked.stdout), "nothing else is on standard output"
+    assert "disk" in asked.stderr

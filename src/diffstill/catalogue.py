@@ -252,11 +252,10 @@ def _published(version: Any) -> list[tuple[str, str, str]]:
 def compare(first: str, second: str, output: Path, as_json: bool) -> None:
     """Compare two sets: scores, settings, lineage, and their images side by side on one page."""
     from diffstill import compare as comparing
+    from diffstill.artifacts import refuse_overlap
     from diffstill.registry import find
 
     pair = find(first), find(second)
-    from diffstill.artifacts import refuse_overlap
-
     refuse_overlap(output, {one.ref: one.folder() for one in pair})
     found = comparing.compare(*pair)
     if not output.parent.is_dir():

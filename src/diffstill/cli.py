@@ -269,8 +269,9 @@ def ui(port: int) -> None:
         click.echo(without_secrets(address))
         click.launch(address)
         return
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", address, "--port", str(port)]
-    os.execv(sys.executable, command)  # noqa: S606  (its output and Ctrl-C are the server's)
+    # By the environment: an address may hold a password, and everybody sees a command's words. Output and Ctrl-C are the server's.
+    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+    os.execve(sys.executable, command, os.environ | {"MLFLOW_BACKEND_STORE_URI": address})  # noqa: S606
 
 
 def _summarise(artifacts: Path, as_json: bool) -> None:
@@ -351,7 +352,7 @@ def doctor(as_json: bool, **needed: Any) -> None:
     if not examine(as_json=as_json):
         raise Refusal("something that diffstill needs is missing, see above")
     if any(needed.values()):
-        preflight(read_json(json.dumps(needed), Needs))
+        preflight(read_json(json.dumps(needed), Needs), err=as_json)
 
 
 @main.command()

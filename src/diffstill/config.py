@@ -540,6 +540,8 @@ def load_params(path: Path, changes: Sequence[str] = ()) -> Params:
         return read_json(json.dumps(values), Params)
     except DiffstillError as error:
         raise DiffstillError(f"--set: {error}") from error
+    except (TypeError, ValueError) as error:  # YAML has dates, too
+        raise DiffstillError(f"--set: holds a value that is no number, text, list or mapping ({error}); put text in quotes") from error
 
 
 def _change(values: dict[str, Any], change: str) -> None:

@@ -89,10 +89,10 @@ def examine(*, as_json: bool = False) -> bool:
     return all(finding.verdict != "missing" for finding in findings)
 
 
-def preflight(needs: Needs) -> None:
+def preflight(needs: Needs, *, err: bool = False) -> None:
     """Check everything that a run needs, a line each. Raises one `DiffstillError` that lists all that is missing, `TransientError` if all of it may come back."""
     findings = list(_checked(needs))
-    _print(findings)
+    _print(findings, err=err)
     missing = [finding for finding in findings if finding.verdict == "missing"]
     if missing:
         lines = [f"{finding.what}: {finding.found}" for finding in missing]
@@ -114,13 +114,13 @@ def _checked(needs: Needs) -> Iterator[Finding]:
         yield _answer("mlflow", check_tracking)
 
 
-def _print(findings: Sequence[Finding]) -> None:
+def _print(findings: Sequence[Finding], *, err: bool = False) -> None:
     table = Table(show_edge=False, box=None)
     for title in ("", "found", ""):
         table.add_column(title, overflow="fold")
     for finding in findings:
         table.add_row(finding.what, escape(finding.found), {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "-": ""}[finding.verdict])
-    Console(highlight=False).print(table)
+    Console(highlight=False, stderr=err).print(table)
 
 
 def _packages() -> list[Finding]:
